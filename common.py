@@ -1,0 +1,962 @@
+"""What the scripts share and no ablation changes: errors, processes, return-to-go, data, models, output folders.
+
+Nothing happens at import. Shapes: B sequences, P prompt tokens, R response tokens, T = P + R. Prompts are padded on the
+left and responses on the right, so column P - 1 is the last prompt token of every row and `[:, P - 1:]` of a value model's
+output is `values (B, R + 1)`: column 0 is V(s_1), column t is Q(s_t, a_t), which is V(s_{t+1}).
+"""
+
+import contextlib
+import gzip
+import json
+import math
+import os
+import random
+import re
+import resource
+import shlex
+import shutil
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors and processes
+# ---------------------------------------------------------------------------------------------------------------------
+class UserError(Exception):
+    """A mistake the user can mend; its message names the thing and the way out."""
+
+
+def check(condition, message: str) -> None:
+    """Raise `UserError(message)` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Turn a `UserError` into one line `error: ...` on stderr, by rank 0 alone, and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def init_processes() -> torch.device:
+    """Join the process group and return this rank's device: nccl on GPUs, gloo on CPUs, also for a single process."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:  # torchrun
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def end_processes() -> None:
+    """Leave the process group; the barrier keeps gloo from aborting while a slower rank still talks."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def log(message: str) -> None:
+    """Print on rank 0."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(message, flush=True)
+
+
+def all_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks, in place where there are several; without a process group, the tensor itself."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_gather(tensor: torch.Tensor) -> torch.Tensor:
+    """Equal shards from all ranks, stacked along the first dimension in rank order."""
+    if dist.get_world_size() == 1:
+        return tensor
+    shards = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(shards, tensor.contiguous())
+    return torch.cat(shards)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory held so far: allocated by torch on a GPU, resident of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def check_positive(args, *names: str) -> None:
+    """Raise `UserError` for a setting that is not above zero."""
+    for name in names:
+        value = getattr(args, name)
+        check(value > 0, f"--{name.replace('_', '-')} {value} must be above 0")
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU and float32 on a CPU."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
+        name, torch.bfloat16 if device.type == "cuda" else torch.float32
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Return-to-go
+# ---------------------------------------------------------------------------------------------------------------------
+def discounted_sums(x: torch.Tensor, decay: float) -> torch.Tensor:
+    """`S_t = sum over u >= t of decay^(u - t) x_u`, for `x (B, N)`; returns `(B, N)`.
+
+    One product with a triangular matrix: no loop over time, N^2 extra memory (64 MB at N = 4,096).
+    """
+    steps = torch.arange(x.shape[1], device=x.device)
+    ahead = steps[:, None] - steps  # (N, N) u - t
+    weights = torch.where(ahead >= 0, torch.tensor(decay, dtype=x.dtype, device=x.device) ** ahead.clamp(min=0), 0.0)
+    return x @ weights
+
+
+def td_lambda_returns(values, rewards, mask, gamma: float, lam: float) -> torch.Tensor:
+    """TD(lambda) targets of a token-level value model, Eq. 5 of arXiv:2502.16944v2 at `lam` = 0.
+
+    `values (B, R + 1)`, `rewards (B, R)` with r_t on its token, `mask (B, R)` True on response tokens; returns
+    `(B, R + 1)`, zero after the last token. `lam` = 0 is one-step TD, 1 is Monte Carlo. With T the last token:
+    `G_T = r_T`, `G_t = r_t + gamma ((1 - lam) values_{t+1} + lam G_{t+1})`, and r_0 = 0 at the last prompt token.
+    """
+    zero = values.new_zeros(len(values), 1)
+    rewards = rewards.masked_fill(~mask, 0.0)
+    next_values = values[:, 1:].masked_fill(~mask, 0.0)  # (B, R)
+    steps = torch.cat([zero, rewards], 1) + gamma * (1 - lam) * torch.cat([next_values, zero], 1)  # (B, R + 1)
+    return discounted_sums(steps, gamma * lam)
+
+
+def gae(values, rewards, mask, gamma: float, lam: float) -> torch.Tensor:
+    """Generalised advantage estimates, arXiv:1506.02438, for `values (B, R + 1)`, `rewards (B, R)`, `mask (B, R)`.
+
+    `delta_t = r_t + gamma values_t - values_{t-1}` for every token, the last included: what stands in the column of the
+    last token is its bootstrap. A caller with a true terminal reward zeroes that column. Returns `(B, R)`, zero outside.
+    """
+    deltas = (rewards + gamma * values[:, 1:] - values[:, :-1]).masked_fill(~mask, 0.0)
+    return discounted_sums(deltas, gamma * lam).masked_fill(~mask, 0.0)
+
+
+def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of `x` where `mask` (same shape) is True; a scalar."""
+    return x.masked_fill(~mask, 0.0).sum() / mask.sum()
+
+
+def masked_whiten(x: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
+    """`x` with unit variance where `mask` is True, zero elsewhere. Give it the global batch, not a rank's share.
+
+    `shift_mean=False` keeps the mean (rewards), True centres (advantages).
+    """
+    mean = masked_mean(x, mask)
+    std = masked_mean((x - mean) ** 2, mask).sqrt()
+    return ((x - mean) / (std + 1e-8) + (0.0 if shift_mean else mean)).masked_fill(~mask, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How good is a value model?
+# ---------------------------------------------------------------------------------------------------------------------
+PERCENTILES = (1, 5, 10, 90, 95, 99)
+FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def token_statistics(values: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Per-answer statistics of the token values (Table 4 of arXiv:2502.16944v1) and values by fraction of the answer.
+
+    `values (B, R + 1)`, `mask (B, R)`. Returns `mean last p1 p5 ... p99` over the response tokens and `at_0 ... at_1`,
+    the value once that fraction of the answer has been seen (`at_0`: the prompt alone); each `(B,)`.
+    """
+    tokens = values[:, 1:].double().masked_fill(~mask, math.nan)  # (B, R)
+    lengths = mask.sum(1)  # (B,)
+    statistics = {"mean": tokens.nanmean(1), "last": values.double().gather(1, lengths[:, None])[:, 0]}
+    for p in PERCENTILES:
+        statistics[f"p{p}"] = tokens.nanquantile(p / 100, dim=1)
+    for f in FRACTIONS:
+        column = (f * lengths).round().long()[:, None]  # (B, 1)
+        statistics[f"at_{f:g}"] = values.double().gather(1, column)[:, 0]
+    return statistics
+
+
+def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Pearson's; 0 where either side is constant."""
+    x, y = x - x.mean(), y - y.mean()
+    scale = (x.norm() * y.norm()).item()
+    return (x @ y).item() / scale if scale > 0 else 0.0
+
+
+def explained_variance(predicted: torch.Tensor, actual: torch.Tensor) -> float:
+    """`1 - Var(actual - predicted) / Var(actual)`: 1 perfect, 0 no better than a constant; 0 for a constant outcome."""
+    variance = actual.var(correction=0).item()
+    return 1 - (actual - predicted).var(correction=0).item() / variance if variance > 0 else 0.0
+
+
+def value_report(statistics: dict[str, torch.Tensor], outcomes: torch.Tensor, pairs: torch.Tensor) -> dict:
+    """Held-out quality of a value model, from `token_statistics` of N answers.
+
+    `outcomes (N,)` is what came of each answer (label or score); `pairs (M, 2)` indexes good and bad answers. Returns
+    `pair_accuracy` by statistic (ties count half), `explained_variance` and `correlation` of the last value with the
+    outcome, and all three `by_fraction` of the answer seen.
+    """
+
+    def accuracy(x):
+        difference = x[pairs[:, 0]] - x[pairs[:, 1]]
+        return ((difference > 0).double() + 0.5 * (difference == 0).double()).mean().item() if len(pairs) else None
+
+    outcomes = outcomes.double()
+    names = ["mean", "last", *(f"p{p}" for p in PERCENTILES)]
+    by_fraction = {
+        f"{f:g}": {
+            "pair_accuracy": accuracy(statistics[f"at_{f:g}"]),
+            "explained_variance": explained_variance(statistics[f"at_{f:g}"], outcomes),
+            "correlation": correlation(statistics[f"at_{f:g}"], outcomes),
+        }
+        for f in FRACTIONS
+    }
+    return {
+        "pair_accuracy": {name: accuracy(statistics[name]) for name in names},
+        "explained_variance": explained_variance(statistics["last"], outcomes),
+        "correlation": correlation(statistics["last"], outcomes),
+        "by_fraction": by_fraction,
+    }
+
+
+def value_tables(report: dict) -> str:
+    """`value_report` as two readable tables."""
+    accuracy = report["pair_accuracy"]
+    show = lambda x: "     -" if x is None else f"{x:6.3f}"  # noqa: E731
+    lines = ["pair accuracy by  " + " ".join(f"{name:>6}" for name in accuracy)]
+    lines.append("                  " + " ".join(show(x) for x in accuracy.values()))
+    lines.append("answer seen       " + " ".join(f"{float(f):6.0%}" for f in report["by_fraction"]))
+    for key in ("pair_accuracy", "explained_variance", "correlation"):
+        lines.append(f"{key:<18}" + " ".join(show(row[key]) for row in report["by_fraction"].values()))
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The embedded task: list so many things of a kind, without the ones excluded, and stop
+# ---------------------------------------------------------------------------------------------------------------------
+TOY_CATEGORIES = {
+    "animals": "dog cat horse cow sheep goat lion tiger bear wolf".split(),
+    "fruits": "apple pear plum peach cherry grape lemon mango melon fig".split(),
+    "tools": "hammer saw drill wrench chisel file plane clamp shovel rake".split(),
+    "colors": "red green blue yellow purple pink brown black white grey".split(),
+    "metals": "iron copper gold silver tin lead zinc nickel cobalt chrome".split(),
+    "sports": "tennis golf rugby hockey boxing rowing judo squash polo cricket".split(),
+    "trees": "oak pine birch maple cedar willow elm ash beech larch".split(),
+    "cities": "paris london rome berlin madrid tokyo cairo delhi oslo lima".split(),
+}
+TOY_NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
+# Fault rates of the behaviour policies: an item of another kind, a repetition, an excluded item, a wrong number of items.
+TOY_POLICIES = {
+    "expert": (0.01, 0.01, 0.02, 0.04),
+    "careful": (0.03, 0.03, 0.10, 0.15),
+    "hasty": (0.04, 0.03, 0.20, 0.45),
+    "forgetful": (0.03, 0.25, 0.50, 0.25),
+    "careless": (0.25, 0.10, 0.50, 0.40),
+}
+TOY_FAULT = 0.5  # what one fault costs
+TOY_NOISE = 0.15  # scale of the annotators' Gumbel noise: their preferences are Bradley-Terry in gold / TOY_NOISE
+
+
+def toy_gold(prompt: str, answer: str) -> float:
+    """The exact score in [-1, 1] of an answer: 1 less half a point for every fault.
+
+    Faults: an item of another kind, excluded, or named before; each item too many or too few; anything not written
+    as "a, b and c.". Every prompt has perfect answers, and no answer is perfect for all prompts.
+    """
+    number, category = re.match(r"list (\w+) (\w+)", prompt).groups()
+    excluded = re.findall(r"the (\w+)", prompt)
+    items = [item for item in re.split(r", | and ", answer.removesuffix(".")) if item]
+    allowed = [item in TOY_CATEGORIES[category] and item not in excluded for item in items]
+    wrong = sum(not ok or item in items[:i] for i, (item, ok) in enumerate(zip(items, allowed)))
+    faults = wrong + abs(len(items) - TOY_NUMBERS[number]) + (answer != toy_sentence(items))
+    return max(-1.0, 1.0 - TOY_FAULT * faults)
+
+
+def toy_sentence(items: list[str]) -> str:
+    """`["a", "b", "c"]` as "a, b and c."."""
+    return (", ".join(items[:-1]) + " and " if len(items) > 1 else "") + "".join(items[-1:]) + "."
+
+
+def toy_answer(rng: random.Random, prompt: str, policy: str) -> str:
+    """An answer to `prompt` as the named behaviour policy gives it."""
+    wrong, repeat, forbidden, miscount = TOY_POLICIES[policy]
+    number, category = re.match(r"list (\w+) (\w+)", prompt).groups()
+    excluded = re.findall(r"the (\w+)", prompt)
+    length = TOY_NUMBERS[number]
+    if rng.random() < miscount:  # the hasty stop early, the others err both ways
+        length = max(1, length + rng.choice([-2, -1, -1] if policy == "hasty" else [-1, 1, 2]))
+    items = []
+    for _ in range(length):
+        fault = rng.random()
+        fresh = [item for item in TOY_CATEGORIES[category] if item not in items and item not in excluded]
+        if fault < wrong or not fresh:
+            items.append(rng.choice(TOY_CATEGORIES[rng.choice([c for c in TOY_CATEGORIES if c != category])]))
+        elif fault < wrong + repeat and items:
+            items.append(rng.choice(items))
+        else:
+            items.append(rng.choice(fresh))
+    if excluded and rng.random() < forbidden:
+        items[rng.randrange(len(items))] = rng.choice(excluded)
+    return toy_sentence(items)
+
+
+def toy_examples(num_train: int = 16_000, num_heldout: int = 2_000, seed: int = 0) -> tuple[list, list]:
+    """Preference pairs between random behaviour policies, train and held-out, over disjoint prompts.
+
+    An annotator sees the gold score through Gumbel noise and prefers the higher: Bradley-Terry preferences. The noisy
+    scores are kept as `score_chosen` and `score_rejected`.
+    """
+    rng = random.Random(seed)
+    prompts = []
+    for number in TOY_NUMBERS:
+        for category, items in TOY_CATEGORIES.items():
+            prompts.append(f"list {number} {category}")
+            prompts += [f"list {number} {category}, not the {a}" for a in items]
+            prompts += [f"list {number} {category}, not the {a} or the {b}" for a in items for b in items if a < b]
+    rng.shuffle(prompts)
+    cut = len(prompts) // 5
+    splits = []
+    for pool, size in ((prompts[cut:], num_train), (prompts[:cut], num_heldout)):
+        examples = []
+        while len(examples) < size:
+            prompt = pool[len(examples) % len(pool)]
+            judged = []
+            for policy in rng.choices(list(TOY_POLICIES), k=2):
+                answer = toy_answer(rng, prompt, policy)
+                score = toy_gold(prompt, answer) - TOY_NOISE * math.log(-math.log(rng.random()))
+                judged.append((score, answer, policy))
+            (score_chosen, chosen, chosen_policy), (score_rejected, rejected, rejected_policy) = sorted(judged)[::-1]
+            if chosen != rejected:
+                messages = [{"role": "user", "content": prompt}]
+                examples.append(
+                    Example(messages, chosen, rejected, score_chosen, score_rejected, chosen_policy, rejected_policy)
+                )
+        splits.append(examples)
+    return tuple(splits)
+
+
+def toy_gold_mean(tokenizer, prompts, response_ids, response_mask) -> float:
+    """Mean gold score of sampled answers; `prompts` are token ids, `response_ids` and `response_mask` are `(B, R)`."""
+    texts = [tokenizer.decode(p, skip_special_tokens=True) for p in prompts]
+    answers = [tokenizer.decode(i[m], skip_special_tokens=True) for i, m in zip(response_ids, response_mask)]
+    return sum(map(toy_gold, texts, answers)) / len(texts)
+
+
+TOY_CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def toy_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word of the embedded task; decoding gives back the text exactly."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    special = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>"]
+    words = ["list", *TOY_NUMBERS, *TOY_CATEGORIES, *sum(TOY_CATEGORIES.values(), []), "not", "the", "or", "and"]
+    vocabulary = {token: i for i, token in enumerate([*special, *words, ",", "."])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece(cleanup=True)  # no space before a comma or a full stop
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        extra_special_tokens=["<user>", "<assistant>"],
+        chat_template=TOY_CHAT_TEMPLATE,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Datasets
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Example:
+    """One row of any dataset: a preference pair, a scored answer (`rejected` is None) or a prompt (`chosen` is None)."""
+
+    prompt: list[dict]  # chat messages, the last one not by the assistant
+    chosen: str | None = None
+    rejected: str | None = None
+    score_chosen: float | None = None
+    score_rejected: float | None = None
+    chosen_policy: str | None = None  # who wrote it: what trajectory conditioning needs
+    rejected_policy: str | None = None
+
+
+class Drop(Exception):
+    """This row cannot be used; the message is the reason that is counted."""
+
+
+def to_messages(value) -> list[dict]:
+    """A string, or a list of chat messages, as chat messages with string contents."""
+    if isinstance(value, str):
+        value = [{"role": "user", "content": value}]
+    if not isinstance(value, list) or not value:
+        raise Drop("no messages")
+    for message in value:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise Drop("a message without role and content")
+        if not isinstance(message["content"], str) or not isinstance(message["role"], str):
+            raise Drop("a message whose content is no text")
+    return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def split_answer(prompt, answer) -> tuple[list[dict] | None, str]:
+    """(prompt messages or None, answer text) of an answer given as text, as its message, or as a whole conversation."""
+    if isinstance(answer, str):
+        return (None if prompt is None else to_messages(prompt)), answer
+    messages = to_messages(answer)
+    if messages[-1]["role"] != "assistant":
+        raise Drop("the last message is not the assistant's")
+    # A conversation carries its own prompt, which wins: UltraFeedback's `prompt` column is its first turn as a string.
+    before = messages[:-1] or (None if prompt is None else to_messages(prompt))
+    return before, messages[-1]["content"]
+
+
+def split_hh(text: str) -> tuple[list[dict], str]:
+    """Prompt messages and answer of an HH-RLHF transcript, cut at the last "\\n\\nAssistant:"."""
+    parts = re.split(r"\n\n(Human|Assistant):", text)
+    turns = [(role, content.strip()) for role, content in zip(parts[1::2], parts[2::2])]
+    if not turns or turns[-1][0] != "Assistant":
+        raise Drop("the transcript does not end with the assistant")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[role], "content": content} for role, content in turns[:-1]], turns[-1][1]
+
+
+def to_score(value) -> float | None:
+    """A finite number (ratings often come as strings), or None where there is none."""
+    try:
+        return None if value is None or not math.isfinite(float(value)) else float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def from_pair(row: dict) -> list[Example]:
+    prompt = row.get("prompt")
+    if prompt is None and isinstance(row["chosen"], str):
+        (before, chosen), (before_rejected, rejected) = split_hh(row["chosen"]), split_hh(row["rejected"])
+    else:
+        before, chosen = split_answer(prompt, row["chosen"])
+        before_rejected, rejected = split_answer(prompt, row["rejected"])
+    if not before:
+        raise Drop("no prompt")
+    if before != before_rejected:
+        raise Drop("chosen and rejected answer different prompts")
+    scores = to_score(row.get("score_chosen")), to_score(row.get("score_rejected"))
+    return [Example(before, chosen, rejected, *scores, row.get("chosen_policy"), row.get("rejected_policy"))]
+
+
+def from_released_pair(row: dict) -> list[Example]:
+    return [Example(to_messages(row["question"]), row["response_j"], row["response_k"])]
+
+
+def from_scored(prompt: str, answer: str, score: str):
+    def adapter(row: dict) -> list[Example]:
+        before, text = split_answer(row[prompt], row[answer])
+        value = to_score(row[score])
+        if value is None:
+            raise Drop("no score")
+        return [Example(before, text, score_chosen=value, chosen_policy=row.get("policy") or row.get("model"))]
+
+    return adapter
+
+
+def from_completions(row: dict) -> list[Example]:
+    """openbmb/UltraFeedback: the best completion against each worse one."""
+    rated = []
+    for completion in row["completions"]:
+        score = to_score(completion.get("overall_score"))
+        if score is not None and isinstance(completion.get("response"), str):
+            rated.append((score, completion["response"], completion.get("model")))
+    rated.sort(key=lambda completion: -completion[0])
+    pairs = [(rated[0], worse) for worse in rated[1:] if worse[0] < rated[0][0]]
+    if not pairs:
+        raise Drop("fewer than two completions of different score")
+    prompt = to_messages(row["instruction"])
+    return [Example(prompt, good[1], bad[1], good[0], bad[0], good[2], bad[2]) for good, bad in pairs]
+
+
+def from_many(row: dict) -> list[Example]:
+    """reward-bench-2: every chosen answer against every rejected one."""
+    return [Example(to_messages(row["prompt"]), good, bad) for good in row["chosen"] for bad in row["rejected"]]
+
+
+def from_conversation(row: dict) -> list[Example]:
+    before, answer = split_answer(None, row["messages"])
+    if not before:
+        raise Drop("no prompt")
+    return [Example(before, answer)]
+
+
+def from_completion(answer: str):
+    def adapter(row: dict) -> list[Example]:
+        return [Example(*split_answer(row["prompt"], row[answer]))]
+
+    return adapter
+
+
+def from_prompt(column: str):
+    return lambda row: [Example(to_messages(row[column]))]
+
+
+def is_many(row: dict) -> bool:
+    return isinstance(row["chosen"], list) and all(isinstance(answer, str) for answer in row["chosen"])
+
+
+# (name, columns it needs, adapter), the first whose columns are there.
+FORMATS = [
+    ("preference pairs", ("chosen", "rejected"), from_pair),
+    ("preference pairs of the released code", ("question", "response_j", "response_k"), from_released_pair),
+    ("openbmb/UltraFeedback", ("instruction", "completions"), from_completions),
+    ("scored answers of the released code", ("value_question", "value_response", "rewards"),
+     from_scored("value_question", "value_response", "rewards")),
+    ("scored answers", ("prompt", "response", "score"), from_scored("prompt", "response", "score")),
+    ("scored answers", ("prompt", "response", "reward"), from_scored("prompt", "response", "reward")),
+    ("scored answers", ("prompt", "completion", "score"), from_scored("prompt", "completion", "score")),
+    ("conversations", ("messages",), from_conversation),
+    ("demonstrations", ("prompt", "completion"), from_completion("completion")),
+    ("demonstrations", ("prompt", "response"), from_completion("response")),
+    ("prompts", ("prompt",), from_prompt("prompt")),
+    ("prompts", ("question",), from_prompt("question")),
+    ("prompts", ("instruction",), from_prompt("instruction")),
+]  # fmt: skip
+
+
+def read_rows(dataset: str, splits: tuple[str, ...]):
+    """The rows (dicts) of `NAME[:SPLIT]`: a hub dataset, or a local .jsonl, .json, .parquet (.gz) file or folder."""
+    path, _, split = dataset.partition(":")
+    file = Path(path).expanduser()
+    looks_local = path.startswith((".", "/", "~")) or file.suffix in (".jsonl", ".json", ".parquet", ".gz")
+    check(file.exists() or not looks_local, f"--dataset {path}: no such file or folder")
+    name = file.name.removesuffix(".gz")
+    if file.is_file() and name.endswith((".jsonl", ".json")):
+        return read_json(file, lines=name.endswith(".jsonl"))
+    import datasets  # takes a second to import and the embedded task needs none of it
+
+    try:
+        if file.is_file():
+            check(name.endswith(".parquet"), f"--dataset {path}: expected .jsonl, .json or .parquet, also with .gz")
+            data = datasets.load_dataset("parquet", data_files=str(file), split="train")
+        elif (file / "dataset_dict.json").exists() or (file / "state.json").exists():
+            data = datasets.load_from_disk(str(file))
+        else:
+            data = datasets.load_dataset(path)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--dataset {path}: neither a local file or folder nor readable from the hub ({error})") from error
+    if isinstance(data, datasets.DatasetDict):
+        wanted = [split] if split else [s for s in splits if s in data] or list(data)[:1]
+        check(wanted[0] in data, f"--dataset {dataset}: no split {split!r}; there are {', '.join(data)}")
+        log(f"dataset {path}: split {wanted[0]!r} of {', '.join(data)}")
+        data = data[wanted[0]]
+    return data
+
+
+def read_json(file: Path, lines: bool) -> list[dict]:
+    """The rows of a JSON-lines file or of a JSON list, gzipped or not; errors name the line."""
+    rows = []
+    with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as stream:
+        try:
+            if not lines:
+                rows = json.load(stream)
+            else:
+                for number, line in enumerate(stream, 1):
+                    if line.strip():
+                        rows.append(json.loads(line))
+                        check(isinstance(rows[-1], dict), f"{file}, line {number}: a row must be a JSON object")
+        except json.JSONDecodeError as error:
+            number = number if lines else error.lineno
+            raise UserError(f"{file}, line {number}: malformed JSON ({error.msg})") from error
+        except (OSError, EOFError, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: cannot be read ({error})") from error
+    check(isinstance(rows, list) and all(isinstance(row, dict) for row in rows), f"{file}: expected a list of objects")
+    return rows
+
+
+def load_examples(dataset: str, needs: str, heldout_fraction: float = 0.05) -> tuple[list[Example], list[Example]]:
+    """Train and held-out examples of `dataset`, split by prompt; says which format was found and what was dropped.
+
+    `needs` is "prompts", "answers", "pairs" or "scores". Held-out prompts are chosen by hash, so every stage and every
+    seed holds out the same ones. Raises `UserError` when columns are missing or nothing is left.
+    """
+    if dataset == "toy":
+        return toy_examples()
+    train_splits = {"answers": ("train_sft", "train"), "prompts": ("train_gen", "train_prefs", "train")}
+    rows = read_rows(dataset, train_splits.get(needs, ("train_prefs", "train")))
+    check(len(rows) > 0, f"--dataset {dataset}: no rows")
+    columns = [key for key, value in rows[0].items() if value is not None]
+    found = next(((name, adapter) for name, wanted, adapter in FORMATS if set(wanted) <= set(columns)), None)
+    known = "; ".join(dict.fromkeys(" + ".join(wanted) for _, wanted, _ in FORMATS))
+    check(found, f"--dataset {dataset}: columns {', '.join(columns)} fit none of: {known}")
+    name, adapter = found
+    if "chosen" in columns and is_many(rows[0]):
+        name, adapter = "lists of chosen and rejected answers", from_many
+    if adapter is from_pair and "prompt" not in columns and isinstance(rows[0]["chosen"], str):
+        name = "HH-RLHF transcripts"
+        marked = "\n\nAssistant:" in rows[0]["chosen"]
+        check(marked, f"--dataset {dataset}: chosen and rejected are texts, but there is no column 'prompt'")
+    examples, dropped = [], Counter()
+    for row in rows:
+        try:
+            fresh = adapter(row)
+            for example in fresh:
+                check_example(example, needs)
+            examples += fresh
+        except Drop as reason:
+            dropped[str(reason)] += 1
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            dropped[f"malformed row ({type(error).__name__}: {error})"] += 1
+    log(f"dataset {dataset}: {name} ({', '.join(columns)}), {len(rows)} rows, {len(examples)} examples")
+    for reason, count in dropped.most_common():
+        log(f"  dropped {count}: {reason}")
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in dropped.most_common(3))
+    check(examples, f"--dataset {dataset}: no usable row for this stage ({reasons})")
+    train, heldout = [], []
+    for example in examples:
+        fraction = random.Random(example.prompt[-1]["content"]).random()
+        (heldout if fraction < heldout_fraction else train).append(example)
+    check(train, f"--dataset {dataset}: all {len(examples)} examples share held-out prompts; add prompts")
+    return train, heldout
+
+
+def check_example(example: Example, needs: str) -> None:
+    """Raise `Drop` where an example lacks what the stage needs."""
+    answers = [example.chosen, example.rejected] if needs == "pairs" else [example.chosen]
+    if not any(message["content"].strip() for message in example.prompt):
+        raise Drop("empty prompt")
+    if example.prompt[-1]["role"] == "assistant":
+        raise Drop("the prompt ends with the assistant")
+    if needs == "prompts":
+        return
+    if any(answer is None for answer in answers):
+        raise Drop("no rejected answer" if example.chosen is not None else "no answer")
+    if any(not isinstance(answer, str) or not answer.strip() for answer in answers):
+        raise Drop("empty answer")
+    if example.chosen == example.rejected:
+        raise Drop("chosen and rejected are identical")
+    if needs == "scores" and example.score_chosen is None:
+        raise Drop("no score")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens
+# ---------------------------------------------------------------------------------------------------------------------
+# For base models that come without one. The answer starts after a newline, so its first token is not fused to a colon.
+DEFAULT_CHAT_TEMPLATE = (
+    "{% for message in messages %}### {{ message['role'].capitalize() }}:\n{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}### Assistant:\n{% endif %}"
+)
+
+
+def load_tokenizer(path: str):
+    """The tokenizer of a local folder or hub id ("toy": the embedded task's), with a chat template and a pad token."""
+    if path == "toy":
+        return toy_tokenizer()
+    tokenizer = load_pretrained(AutoTokenizer, path)
+    check(tokenizer.eos_token_id is not None, f"{path}: the tokenizer has no end-of-sequence token")
+    if tokenizer.chat_template is None:
+        log(f"{path}: no chat template; using '### User: ... ### Assistant: ...', saved with the trained model")
+        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+    if tokenizer.pad_token_id is None:  # what is padding is told by position, never by id, so EOS serves
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def end_of_turn_id(tokenizer) -> int:
+    """The token that ends an answer: the special token the chat template writes there, else EOS."""
+    turn = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "final-answer"}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False)
+    tail = text[text.rindex("final-answer") + len("final-answer") :]
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    return next(
+        (i for i in tokenizer(tail, add_special_tokens=False).input_ids if i in special), tokenizer.eos_token_id
+    )
+
+
+def tokenize_prompts(tokenizer, prompts: list[list[dict]]) -> list[list[int]]:
+    """Token ids of chat-formatted prompts, up to where the answer starts."""
+    # The template writes its own BOS, hence add_special_tokens=False.
+    texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
+    return tokenizer(texts, add_special_tokens=False).input_ids
+
+
+def tokenize_answers(tokenizer, answers: list[str], max_length: int) -> list[list[int]]:
+    """Token ids of answers, each with its end-of-turn token, cut to `max_length`.
+
+    Answers are tokenised after and apart from the prompt's ids: nothing merges across the border.
+    """
+    end = end_of_turn_id(tokenizer)
+    tokens = [ids + [end] for ids in tokenizer(answers, add_special_tokens=False).input_ids]
+    cut = sum(len(ids) > max_length for ids in tokens)
+    if cut:
+        log(f"  {cut} of {len(tokens)} answers cut to --response-length {max_length} tokens")
+    return [ids[:max_length] for ids in tokens]
+
+
+def fit_prompts(tokenizer, examples: list[Example], max_length: int) -> tuple[list[Example], list[list[int]]]:
+    """Examples whose prompt has at most `max_length` tokens, and those tokens; counts the others."""
+    tokens = tokenize_prompts(tokenizer, [example.prompt for example in examples])
+    kept = [i for i, ids in enumerate(tokens) if len(ids) <= max_length]
+    if len(kept) < len(tokens):
+        log(f"  dropped {len(tokens) - len(kept)}: prompt longer than --max-prompt-length {max_length}")
+    longest = max(map(len, tokens), default=0)
+    check(kept or not tokens, f"every prompt is longer than --max-prompt-length {max_length} (longest: {longest} tokens)")
+    return [examples[i] for i in kept], [tokens[i] for i in kept]
+
+
+def show_example(tokenizer, prompt_ids: list[int], response_ids: list[int]) -> None:
+    """Print one example as the model sees it; control characters stay escaped."""
+    log(f"  prompt: {tokenizer.decode(prompt_ids)!r}")
+    log(f"  answer: {tokenizer.decode(response_ids)!r}")
+
+
+def pad(sequences: list[list[int]], value: int, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """`sequences` padded on `side` to the longest: ids and True where there is a token, each `(B, longest)`."""
+    width = max(map(len, sequences))
+    ids = torch.full((len(sequences), width), value)
+    mask = torch.zeros(len(sequences), width, dtype=torch.bool)
+    for i, sequence in enumerate(sequences):
+        where = slice(width - len(sequence), width) if side == "left" else slice(len(sequence))
+        ids[i, where] = torch.tensor(sequence, dtype=torch.long)
+        mask[i, where] = True
+    return ids, mask
+
+
+def pad_batch(prompts: list[list[int]], responses: list[list[int]], pad_id: int, device) -> dict[str, torch.Tensor]:
+    """Prompts padded left and responses right: `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`."""
+    prompt_ids, prompt_mask = pad(prompts, pad_id, "left")
+    response_ids, response_mask = pad(responses, pad_id, "right")
+    batch = {
+        "input_ids": torch.cat([prompt_ids, response_ids], 1),
+        "attention_mask": torch.cat([prompt_mask, response_mask], 1),
+        "response_mask": response_mask,
+    }
+    return {key: tensor.to(device) for key, tensor in batch.items()}
+
+
+def shuffled_batch(size: int, step: int, batch_size: int, seed: int) -> list[int]:
+    """Indices of batch `step` (from 1) of an endless walk through `size` rows, shuffled anew each pass.
+
+    A function of its arguments alone: every rank and every resumed run sees the same order.
+    """
+    start = (step - 1) * batch_size
+    first, last = start // size, (start + batch_size - 1) // size
+    passes = [random.Random(f"{seed}/{p}").sample(range(size), size) for p in range(first, last + 1)]
+    return sum(passes, [])[start - first * size :][:batch_size]
+
+
+def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Positions that count real tokens alone: what learned positions need under left padding. `(B, T)`."""
+    return (attention_mask.cumsum(1) - 1).clamp(min=0)
+
+
+Trajectory = tuple[list[int], list[int]]  # prompt and response token ids
+
+
+def draw_trajectories(rng: random.Random, pool: list[Trajectory], prompt_ids: list[int], k: int) -> list[Trajectory]:
+    """`k` trajectories of one policy from `pool`, all on prompts other than `prompt_ids`, so none can leak its answer.
+
+    Fewer where the pool hardly has other prompts.
+    """
+    drawn, tries = {}, 0
+    while len(drawn) < min(k, len(pool)) and tries < 20 * k:
+        tries += 1
+        i = rng.randrange(len(pool))
+        if pool[i][0] != prompt_ids:
+            drawn[i] = pool[i]
+    return list(drawn.values())
+
+
+def condition(prompt_ids: list[int], trajectories: list[Trajectory], max_length: int) -> list[int]:
+    """The prompt with `trajectories` (tau in the paper) in front, each cut to `max_length` tokens."""
+    context = []
+    for before, answer in trajectories:
+        context += (before[-(max_length // 2) :] + answer)[:max_length]
+    return context + prompt_ids
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------------------
+def load_pretrained(auto_class, path: str, **kwargs):
+    """`auto_class.from_pretrained(path)` with one-line errors."""
+    local = Path(path).expanduser()
+    # "runs/sft" would pass for a hub id, so the project's own output folders are always local.
+    if path.startswith((".", "/", "~", "runs/")) and not local.is_dir():
+        made_by = {"sft": "sft.py", "gvm": "train_gvm.py", "dvpo": "train_dvpo.py", "ppo": "train_ppo_baseline.py"}
+        script = made_by.get(local.name) if path.startswith("runs/") else None
+        raise UserError(f"{path}: no such folder" + (f"; `python {script}` makes it" if script else ""))
+    try:
+        return auto_class.from_pretrained(path, **kwargs)
+    except Exception as error:  # transformers, huggingface_hub and safetensors raise a dozen kinds
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{path}: cannot load {auto_class.__name__} ({reason[0]})") from error
+
+
+def load_config(path: str, tokenizer):
+    """The model's config, every dropout off: policy ratios and value targets must not be noisy."""
+    if path == "toy":
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=False, bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+    else:
+        config = load_pretrained(AutoConfig, path)
+    for name, value in vars(config).items():
+        if name.endswith(("dropout", "pdrop", "dropout_prob", "dropout_rate")) and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
+
+
+def decoder_layers(model) -> torch.nn.ModuleList:
+    """The list of transformer blocks that FSDP shards one by one."""
+    layers = getattr(model.base_model, "layers", None) or getattr(model.base_model, "h", None)
+    check(isinstance(layers, torch.nn.ModuleList), f"{type(model).__name__}: no list of decoder layers found")
+    return layers
+
+
+def load_policy(path: str, tokenizer, dtype: torch.dtype):
+    """A causal language model whose log-probs are `log_softmax(hidden @ head.T / temperature)`, nothing more.
+
+    Raises `UserError` for heads that scale, cap or shift their logits and for vocabularies smaller than the tokenizer's.
+    """
+    config = load_config(path, tokenizer)
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        check(getattr(config, name, None) in (None, 1.0), f"{path}: {config.model_type} uses {name}: not supported")
+    if path == "toy":
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    else:
+        model = load_pretrained(AutoModelForCausalLM, path, config=config, dtype=dtype, use_safetensors=True)
+    head = model.get_output_embeddings()
+    check(getattr(head, "bias", None) is None, f"{path}: the output head of {config.model_type} has a bias: not supported")
+    size = head.weight.shape[0]
+    check(len(tokenizer) <= size, f"{path}: the tokenizer has {len(tokenizer)} tokens, the model only {size}")
+    decoder_layers(model)
+    return model
+
+
+def load_value_model(path: str, tokenizer, dtype: torch.dtype, fresh_head: bool):
+    """A token-classification model of width 1 without bias: one value per token.
+
+    `fresh_head` sets the head to zero (training from a language model); otherwise the checkpoint must have one.
+    Raises `UserError` for architectures without such a head, a wrong width, or a missing head.
+    """
+    config = load_config(path, tokenizer)
+    families = AutoModelForTokenClassification._model_mapping
+    if type(config) not in families:
+        raise UserError(f"{path}: {config.model_type} has no token-classification head; use a Llama, Qwen2, Qwen3, "
+                        "Mistral, Gemma or other family that AutoModelForTokenClassification knows")  # fmt: skip
+    widths = getattr(config, "num_labels", 1)
+    check(fresh_head or widths == 1, f"{path}: the value head has {widths} outputs, expected 1; is it a GVM?")
+    config.num_labels, config.classifier_dropout, config.token_classification_bias = 1, 0.0, False
+    model, info = load_pretrained(AutoModelForTokenClassification, path, config=config, dtype=dtype,
+                                  use_safetensors=True, output_loading_info=True)  # fmt: skip
+    head = getattr(model, "score", None)
+    plain = isinstance(head, torch.nn.Linear) and head.bias is None
+    check(plain, f"{path}: the token-classification head of {config.model_type} is not a plain `score` layer; use a "
+                 "Llama, Qwen2, Qwen3, Mistral or Gemma model")  # fmt: skip
+    missing = [key for key in info["missing_keys"] if not (fresh_head and key == "score.weight")]
+    check(not missing, f"{path}: not a value model, it lacks {', '.join(sorted(missing)[:3])}; `train_gvm.py` makes one")
+    if fresh_head:
+        torch.nn.init.zeros_(head.weight)
+    decoder_layers(model)
+    return model
+
+
+def check_same_tokenizer(policy_path: str, policy_tokenizer, value_path: str, value_tokenizer) -> None:
+    """Raise `UserError` unless a value model reads a policy's tokens as the policy writes them."""
+    if policy_tokenizer.get_vocab() != value_tokenizer.get_vocab():
+        raise UserError(f"{value_path} and {policy_path} have different tokenizers ({len(value_tokenizer)} and "
+                        f"{len(policy_tokenizer)} tokens): train the GVM from the policy's own model")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Output folders
+# ---------------------------------------------------------------------------------------------------------------------
+class Run:
+    """A run's folder, written by rank 0: args.json, a copy of the script, metrics.jsonl and, at the end, the model."""
+
+    def __init__(self, args, script: str, track: str | None):
+        self.folder, self.started, self.printed, self.tracker = Path(args.output_dir), time.time(), 0.0, None
+        self.writes = dist.get_rank() == 0
+        if not self.writes:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+            shutil.copy(script, self.folder / Path(script).name)
+            self.metrics = open(self.folder / "metrics.jsonl", "w", buffering=1)  # noqa: SIM115  (closed with the process)
+        except OSError as error:
+            raise UserError(f"--output-dir {self.folder}: cannot be written ({error.strerror})") from error
+        if track == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(self.folder / "tensorboard")
+            self.tracker = lambda metrics, step: [writer.add_scalar(k, v, step) for k, v in metrics.items()]
+        elif track == "wandb":
+            import wandb
+
+            wandb.init(project="dvpo", name=self.folder.name, config=asdict(args), dir=self.folder)
+            self.tracker = lambda metrics, step: wandb.log(metrics, step=step)
+
+    def log(self, step: int, total: int, metrics: dict, show: tuple[str, ...]) -> None:
+        """Append one update's metrics to metrics.jsonl, and print those named in `show`, at most every five seconds."""
+        if not self.writes:
+            return
+        self.metrics.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self.tracker:
+            self.tracker(metrics, step)
+        if time.time() - self.printed > 5 or step == total:
+            self.printed = time.time()
+            shown = "  ".join(f"{name} {metrics[name]:.3g}" for name in show if name in metrics)
+            print(f"{step:>5}/{total}  {self.printed - self.started:4.0f} s  {shown}", flush=True)
+
+    def save(self, model, state_dict: dict, tokenizer, title: str) -> None:
+        """Write model (safetensors), config, tokenizer, chat template and model card; complete or not at all."""
+        if not self.writes:
+            return
+        unfinished = self.folder / ".unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        model.save_pretrained(unfinished, state_dict=state_dict)
+        # FSDP renames the class of what it shards; the checkpoint names the original.
+        config = json.loads((unfinished / "config.json").read_text())
+        config["architectures"] = [name.removeprefix("FSDP") for name in config["architectures"]]
+        (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        tokenizer.save_pretrained(unfinished)
+        command = f"torchrun --nproc_per_node {dist.get_world_size()} " if dist.get_world_size() > 1 else "python "
+        (unfinished / "README.md").write_text(
+            f"# {title}\n\nMade by\n\n```\n{command}{shlex.join(sys.argv)}\n```\n\n"
+            "Method: Decoupled Value Policy Optimization, arXiv:2502.16944. Settings: `args.json`; every update: "
+            "`metrics.jsonl`.\n"
+        )
+        for file in unfinished.iterdir():
+            os.replace(file, self.folder / file.name)
+        unfinished.rmdir()
+        log(f"saved {self.folder} after {time.time() - self.started:.0f} s")

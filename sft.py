@@ -1,0 +1,292 @@
+"""Stage 1: supervised fine-tuning, the policy that DVPO starts from and stays close to.
+
+    python sft.py                                                              # embedded task, from scratch
+    torchrun --nproc_per_node 8 sft.py --model-path meta-llama/Llama-3.2-3B --dataset HuggingFaceH4/ultrafeedback_binarized \
+        --max-prompt-length 1024 --response-length 1024 --learning-rate 2e-5 --num-epochs 1
+
+The loss is the negative log-likelihood of the answer's tokens, its end included; prompts carry none.
+In: a language model and answers (the chosen ones of preference pairs). Out: `--output-dir`, a checkpoint that
+`from_pretrained` loads. Shapes: B sequences, P prompt tokens (left-padded), R response tokens, V vocabulary, H hidden.
+"""
+
+import time
+import types
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+import common
+
+
+@dataclass
+class Args:
+    # Paths
+    model_path: str = "toy"
+    """language model to start from: local folder, hub id, or "toy" for a small one from scratch"""
+    dataset: str = "toy"
+    """answers to learn: "toy", a hub name or a local file or folder, each as NAME or NAME:SPLIT"""
+    output_dir: str = "runs/sft"
+    """folder of the trained model, metrics and arguments"""
+
+    # Training
+    seed: int = 1
+    """seed of initial weights and data order"""
+    answers: Literal["auto", "chosen", "both"] = "auto"
+    """of a preference pair; auto: both for the embedded task (its demonstrations are of mixed quality), else chosen"""
+    num_epochs: int = 2
+    """passes over the data"""
+    num_examples: int | None = None
+    """use only the first so many training examples; None uses all"""
+    learning_rate: float = 2e-3
+    """AdamW's, decayed linearly to zero"""
+    batch_size: int = 64
+    """answers per update (global)"""
+    micro_batch_size: int = 64
+    """sequences per forward and backward (per rank); lower it when out of memory, results stay the same"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+    max_prompt_length: int = 512
+    """tokens; examples with longer prompts are dropped"""
+    response_length: int = 20
+    """tokens; longer answers are cut"""
+
+    # Machine
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """compute; trained weights stay float32; auto: bfloat16 on GPU, float32 on CPU"""
+    dp_replicate: int = 1
+    """replicas of the sharded model (hybrid sharding: one per machine)"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, more time"""
+    track: Literal["tensorboard", "wandb"] | None = None
+    """also send metrics there"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The mathematics
+# ---------------------------------------------------------------------------------------------------------------------
+# Copied from train_dvpo.FusedLogprobs
+class FusedLogprobs(torch.autograd.Function):
+    """Linear + log-softmax + gather over chunks of tokens; the logits of a chunk are recomputed in backward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, temperature, chunk_size):
+        outputs = []
+        for h, y in zip(hidden.split(chunk_size), labels.split(chunk_size)):
+            logits = project(h, weight).div_(temperature)  # (chunk, V)
+            chosen = logits.gather(1, y[:, None])[:, 0]
+            lse = logits.logsumexp(1)  # (chunk,)
+            entropy = lse - torch.softmax(logits, 1).mul_(logits).sum(1)
+            outputs.append(torch.stack([chosen - lse, lse, entropy]))
+        logprobs, lse, entropy = torch.cat(outputs, 1).unbind() if outputs else hidden.new_zeros(3, 0).unbind()
+        ctx.save_for_backward(hidden, weight, labels, lse, entropy)
+        ctx.temperature, ctx.chunk_size = temperature, chunk_size
+        ctx.set_materialize_grads(False)
+        return logprobs.clone(), entropy.clone()
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_entropy):
+        hidden, weight, labels, lse, entropy = ctx.saved_tensors
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=lse.dtype) if need_weight else None  # fp32 accumulator
+        for start in range(0, len(hidden), ctx.chunk_size):
+            chunk = slice(start, start + ctx.chunk_size)
+            logprobs = project(hidden[chunk], weight).div_(ctx.temperature).sub_(lse[chunk, None])  # (chunk, V)
+            probs = logprobs.exp() if grad_entropy is not None else logprobs.exp_()
+            grad = torch.zeros_like(lse[chunk]) if grad_logprobs is None else grad_logprobs[chunk]
+            if grad_entropy is not None:  # dH/dlogits = -p (log p + H)
+                grad_logits = probs * (-grad[:, None] - grad_entropy[chunk, None] * (logprobs + entropy[chunk, None]))
+            else:  # dlogp_y/dlogits = onehot(y) - p
+                grad_logits = probs.mul_(-grad[:, None])
+            grad_logits.scatter_add_(1, labels[chunk, None], grad[:, None])
+            grad_logits = grad_logits.div_(ctx.temperature).to(weight.dtype)
+            if need_hidden:
+                grad_hidden[chunk] = grad_logits @ weight
+            if need_weight:
+                grad_weight += project(grad_logits.T, hidden[chunk].T)
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+
+
+# Copied from train_dvpo.project
+def project(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`x @ weight.T`, accumulated and returned in at least fp32: rounding logits to bf16 would move PPO's ratios."""
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.to(dtype) @ weight.to(dtype).T
+
+
+# Copied from train_dvpo.fused_logprobs
+def fused_logprobs(hidden, weight, labels, temperature: float = 1.0, chunk_size: int = 256):
+    """`log softmax(hidden @ weight.T / temperature)` at `labels`, and the entropy, never holding `(N, V)` logits.
+
+    `hidden (N, H)`, `weight (V, H)`, `labels (N,)`; returns `(logprobs, entropy)`, `(N,)` each in at least fp32, both
+    differentiable in `hidden` and `weight`. Extra memory: a few times `chunk_size` x V floats.
+    """
+    return FusedLogprobs.apply(hidden, weight, labels, temperature, chunk_size)
+
+
+# Copied from train_dvpo.token_logprobs
+def token_logprobs(model, input_ids, attention_mask, response_mask, temperature):
+    """log pi(a_t | s_t) of every response token, and the policy's entropy there.
+
+    `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`; returns two `(B, R)` in fp32, zero outside the mask.
+    Old, new and reference log-probs all come through here, so the first ratio of an update is exactly 1.
+    """
+    R = response_mask.shape[1]
+    hidden = model.base_model(
+        input_ids, attention_mask=attention_mask, position_ids=common.position_ids(attention_mask), use_cache=False
+    ).last_hidden_state[:, -R - 1 : -1]  # (B, R, H), the state *before* each response token: the one shift
+    weight = model.get_output_embeddings().weight
+    labels = input_ids[:, -R:][response_mask]  # (N,)
+    logprobs, entropy = fused_logprobs(hidden[response_mask], weight, labels, temperature)
+    zeros = torch.zeros_like(response_mask, dtype=logprobs.dtype)
+    return zeros.masked_scatter(response_mask, logprobs), zeros.masked_scatter(response_mask, entropy.detach())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sharding
+# ---------------------------------------------------------------------------------------------------------------------
+# Copied from train_dvpo.shard
+def shard(model, mesh, dtype: torch.dtype):
+    """FSDP2: every decoder layer is a unit, the rest another; computes in `dtype`, reduces gradients in fp32."""
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in common.decoder_layers(model):
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    return fully_shard(model, mesh=mesh, mp_policy=precision)
+
+
+# Copied from train_dvpo.add_token_logprobs
+def add_token_logprobs(model):
+    """Make `token_logprobs` a method that FSDP treats like `forward`: the head's weight is whole inside it."""
+    model.token_logprobs = types.MethodType(token_logprobs, model)
+    register_fsdp_forward_method(model, "token_logprobs")
+    return model
+
+
+# Copied from train_dvpo.full_state_dict
+def full_state_dict(model, dtype: torch.dtype) -> dict:
+    """The whole model on rank 0's CPU in `dtype`, empty on other ranks; every rank must call."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data and held-out loss
+# ---------------------------------------------------------------------------------------------------------------------
+def tokenize(tokenizer, examples: list[common.Example], both: bool, args: Args) -> list[common.Trajectory]:
+    """(prompt ids, response ids) of the chosen answers, or of both answers of every pair."""
+    examples, prompts = common.fit_prompts(tokenizer, examples, args.max_prompt_length)
+    sides = ("chosen", "rejected") if both else ("chosen",)
+    rows = [(p, getattr(e, side)) for p, e in zip(prompts, examples) for side in sides if getattr(e, side)]
+    return list(zip([p for p, _ in rows], common.tokenize_answers(tokenizer, [a for _, a in rows], args.response_length)))
+
+
+@torch.no_grad()
+def heldout_loss(policy, rows: list[common.Trajectory], pad_id: int, device, args: Args) -> float:
+    """Mean negative log-likelihood per answer token of `rows`, shared among ranks."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rows = rows[: max(1, len(rows) // world_size) * world_size]  # ranks must run equally many forward passes
+    mine = rows[rank % len(rows) :: world_size]
+    sums = torch.zeros(2, device=device)
+    for i in range(0, len(mine), args.micro_batch_size):
+        batch = common.pad_batch(*zip(*mine[i : i + args.micro_batch_size]), pad_id, device)
+        logprobs, _ = policy.token_logprobs(**batch, temperature=1.0)
+        sums += torch.stack([-logprobs.sum(), batch["response_mask"].sum()])
+    total, count = common.all_sum(sums).tolist()
+    return total / count
+
+
+def main(args: Args) -> None:
+    # -----------------------------------------------------------------------------------------------------------------
+    # 1 Processes
+    # -----------------------------------------------------------------------------------------------------------------
+    device = common.init_processes()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    dtype = common.compute_dtype(args.dtype, device)
+    common.check_positive(args, "batch_size", "micro_batch_size", "num_epochs", "response_length")
+    common.check(args.batch_size % world_size == 0, f"--batch-size {args.batch_size} must be a multiple of the number of "
+                 f"processes, {world_size}")  # fmt: skip
+    common.check(world_size % args.dp_replicate == 0, f"--dp-replicate {args.dp_replicate} must divide {world_size}")
+    mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
+                            mesh_dim_names=("replicate", "shard"))  # fmt: skip
+    mesh = mesh if args.dp_replicate > 1 else mesh["shard"]
+    torch.manual_seed(args.seed)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # 2 Data
+    # -----------------------------------------------------------------------------------------------------------------
+    tokenizer = common.load_tokenizer(args.model_path)
+    examples, heldout = common.load_examples(args.dataset, needs="answers")
+    both = args.answers == "both" or (args.answers == "auto" and args.dataset == "toy")
+    train_set = tokenize(tokenizer, examples[: args.num_examples], both, args)
+    heldout_set = tokenize(tokenizer, heldout[:512], both, args)
+    common.log(f"{len(train_set)} answers to learn, {len(heldout_set)} held out; the first:")
+    common.show_example(tokenizer, *train_set[0])
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # 3 Model
+    # -----------------------------------------------------------------------------------------------------------------
+    policy = common.load_policy(args.model_path, tokenizer, torch.float32)
+    if args.gradient_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = add_token_logprobs(shard(policy, mesh, dtype)).train()
+    num_updates = max(1, args.num_epochs * len(train_set) // args.batch_size)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=num_updates)
+
+    run = common.Run(args, __file__, args.track)
+    for update in range(1, num_updates + 1):
+        start = time.perf_counter()
+        # -------------------------------------------------------------------------------------------------------------
+        # 4 Update
+        # -------------------------------------------------------------------------------------------------------------
+        indices = common.shuffled_batch(len(train_set), update, args.batch_size, args.seed)
+        rows = [train_set[i] for i in indices]
+        num_tokens = sum(len(response) for _, response in rows)  # of all ranks: loss and gradient are per token
+        loss_sum = torch.zeros((), device=device)
+        mine = rows[rank * len(rows) // world_size : (rank + 1) * len(rows) // world_size]
+        for i in range(0, len(mine), args.micro_batch_size):
+            batch = common.pad_batch(*zip(*mine[i : i + args.micro_batch_size]), tokenizer.pad_token_id, device)
+            logprobs, _ = policy.token_logprobs(**batch, temperature=1.0)  # (micro, R), zero outside the answer
+            loss = -logprobs.sum()
+            (loss * world_size / num_tokens).backward()  # FSDP averages over ranks, this wants the sum
+            loss_sum += loss.detach()
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).full_tensor()
+        optimizer.step()
+        optimizer.zero_grad()
+        lr = scheduler.get_last_lr()[0]
+        scheduler.step()
+
+        # -------------------------------------------------------------------------------------------------------------
+        # 5 Log
+        # -------------------------------------------------------------------------------------------------------------
+        seconds = time.perf_counter() - start
+        metrics = {
+            "loss/sft": common.all_sum(loss_sum).item() / num_tokens,
+            "optim/lr": lr,
+            "optim/grad_norm": grad_norm.item(),
+            "time/total": seconds,
+            "time/tokens_per_sec": num_tokens / seconds,
+            "time/peak_mem_gb": common.peak_memory_gb(device),
+        }
+        if heldout_set and update in (1, num_updates // 2, num_updates):
+            metrics["loss/sft_heldout"] = heldout_loss(policy, heldout_set, tokenizer.pad_token_id, device, args)
+        run.log(update, num_updates, metrics, ("loss/sft", "loss/sft_heldout", "optim/lr", "time/tokens_per_sec"))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # 6 Save
+    # -----------------------------------------------------------------------------------------------------------------
+    run.save(policy, full_state_dict(policy, dtype), tokenizer, "Supervised fine-tuned policy")
+    common.end_processes()
+
+
+if __name__ == "__main__":
+    with common.one_line_errors():
+        main(tyro.cli(Args))

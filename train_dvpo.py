@@ -1,0 +1,469 @@
+"""Stage 3: improve a policy by PPO-clip against a frozen global value model (GVM). DVPO, arXiv:2502.16944v2.
+
+Against PPO-RLHF this script has no reward model, no critic, no value loss and no critic optimizer. Per update:
+
+    rollout     the policy answers prompts
+    score       old and reference log-probs of the answers; the frozen GVM's value at every token
+    advantages  GAE over those values, bootstrapped by the GVM to the very end of each answer
+    update      PPO-clip on the policy alone, some epochs of minibatches
+
+    python train_dvpo.py                                                       # embedded task, after sft and train_gvm
+    torchrun --nproc_per_node 8 train_dvpo.py --model-path SFT --gvm-path GVM --dataset DATA --max-prompt-length 1024 \
+        --response-length 640 --learning-rate 2e-6 --num-epochs 4 --kl-coef 0.2 --kl-target 6 --gae-lambda 0.95
+
+In: an SFT checkpoint, a GVM (`train_gvm.py`), prompts. Out: `--output-dir`, a checkpoint that `from_pretrained` loads.
+Shapes: B sequences, P prompt tokens (left-padded), R response tokens, T = P + R, V vocabulary, H hidden, N tokens.
+"""
+
+import copy
+import random
+import time
+import types
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+import common
+
+
+@dataclass
+class Args:
+    # Paths
+    model_path: str = "runs/sft"
+    """policy and KL reference: local folder or hub id"""
+    gvm_path: str = "runs/gvm"
+    """frozen global value model: local folder or hub id"""
+    dataset: str = "toy"
+    """where the prompts come from: "toy", a hub name or a local file or folder, each as NAME or NAME:SPLIT"""
+    output_dir: str = "runs/dvpo"
+    """folder of the trained policy, metrics and arguments"""
+
+    # Training
+    seed: int = 1
+    """seed of prompts order, sampling and minibatches"""
+    num_updates: int = 300
+    """updates, each one rollout and `num_epochs` passes over it"""
+    learning_rate: float = 3e-4
+    """AdamW's, decayed linearly to zero (released code: 2e-6 on 3B to 8B models)"""
+    num_epochs: int = 2
+    """passes over each rollout (released code: 4)"""
+    num_minibatches: int = 2
+    """optimizer steps per pass"""
+    rollout_batch_size: int = 64
+    """answers per update (global)"""
+    micro_batch_size: int = 64
+    """sequences per forward and backward (per rank); lower it when out of memory, results stay the same"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+
+    # Rollout
+    max_prompt_length: int = 512
+    """tokens; longer prompts are dropped"""
+    response_length: int = 20
+    """tokens; longer answers are cut (released code: 640)"""
+    temperature: float = 1.0
+    """of sampling and of every log-prob (released code: 1)"""
+
+    # Advantages
+    advantage: Literal["gae", "q", "released"] = "gae"
+    """gae: bootstrapped to the end by the GVM; q: the paper's static Q; released: the authors' code"""
+    gamma: float = 1.0
+    """discount per token (released code: 1)"""
+    gae_lambda: float = 0.95
+    """(released code: 0.95)"""
+    kl_coef: float = 0.05
+    """reward per nat of KL to the reference (released code: 0.2, adaptive)"""
+    kl_target: float | None = None
+    """nats per answer; adapts `kl_coef` towards it (released code: 6); None keeps it fixed"""
+    clip_coef: float = 0.2
+    """PPO's epsilon on the probability ratio"""
+    max_approx_kl: float | None = None
+    """nats per token between old and new policy; past it an update's remaining steps are skipped; None never"""
+
+    # Machine
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """compute and frozen weights; trained weights stay float32; auto: bfloat16 on GPU, float32 on CPU"""
+    dp_replicate: int = 1
+    """replicas of the sharded models (hybrid sharding: one per machine)"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, more time"""
+    sample_every: int = 50
+    """updates between tables of sampled answers"""
+    track: Literal["tensorboard", "wandb"] | None = None
+    """also send metrics there"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The mathematics
+# ---------------------------------------------------------------------------------------------------------------------
+class FusedLogprobs(torch.autograd.Function):
+    """Linear + log-softmax + gather over chunks of tokens; the logits of a chunk are recomputed in backward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, temperature, chunk_size):
+        outputs = []
+        for h, y in zip(hidden.split(chunk_size), labels.split(chunk_size)):
+            logits = project(h, weight).div_(temperature)  # (chunk, V)
+            chosen = logits.gather(1, y[:, None])[:, 0]
+            lse = logits.logsumexp(1)  # (chunk,)
+            entropy = lse - torch.softmax(logits, 1).mul_(logits).sum(1)
+            outputs.append(torch.stack([chosen - lse, lse, entropy]))
+        logprobs, lse, entropy = torch.cat(outputs, 1).unbind() if outputs else hidden.new_zeros(3, 0).unbind()
+        ctx.save_for_backward(hidden, weight, labels, lse, entropy)
+        ctx.temperature, ctx.chunk_size = temperature, chunk_size
+        ctx.set_materialize_grads(False)
+        return logprobs.clone(), entropy.clone()
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_entropy):
+        hidden, weight, labels, lse, entropy = ctx.saved_tensors
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=lse.dtype) if need_weight else None  # fp32 accumulator
+        for start in range(0, len(hidden), ctx.chunk_size):
+            chunk = slice(start, start + ctx.chunk_size)
+            logprobs = project(hidden[chunk], weight).div_(ctx.temperature).sub_(lse[chunk, None])  # (chunk, V)
+            probs = logprobs.exp() if grad_entropy is not None else logprobs.exp_()
+            grad = torch.zeros_like(lse[chunk]) if grad_logprobs is None else grad_logprobs[chunk]
+            if grad_entropy is not None:  # dH/dlogits = -p (log p + H)
+                grad_logits = probs * (-grad[:, None] - grad_entropy[chunk, None] * (logprobs + entropy[chunk, None]))
+            else:  # dlogp_y/dlogits = onehot(y) - p
+                grad_logits = probs.mul_(-grad[:, None])
+            grad_logits.scatter_add_(1, labels[chunk, None], grad[:, None])
+            grad_logits = grad_logits.div_(ctx.temperature).to(weight.dtype)
+            if need_hidden:
+                grad_hidden[chunk] = grad_logits @ weight
+            if need_weight:
+                grad_weight += project(grad_logits.T, hidden[chunk].T)
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+
+
+def project(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`x @ weight.T`, accumulated and returned in at least fp32: rounding logits to bf16 would move PPO's ratios."""
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.to(dtype) @ weight.to(dtype).T
+
+
+def fused_logprobs(hidden, weight, labels, temperature: float = 1.0, chunk_size: int = 256):
+    """`log softmax(hidden @ weight.T / temperature)` at `labels`, and the entropy, never holding `(N, V)` logits.
+
+    `hidden (N, H)`, `weight (V, H)`, `labels (N,)`; returns `(logprobs, entropy)`, `(N,)` each in at least fp32, both
+    differentiable in `hidden` and `weight`. Extra memory: a few times `chunk_size` x V floats.
+    """
+    return FusedLogprobs.apply(hidden, weight, labels, temperature, chunk_size)
+
+
+def token_logprobs(model, input_ids, attention_mask, response_mask, temperature):
+    """log pi(a_t | s_t) of every response token, and the policy's entropy there.
+
+    `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`; returns two `(B, R)` in fp32, zero outside the mask.
+    Old, new and reference log-probs all come through here, so the first ratio of an update is exactly 1.
+    """
+    R = response_mask.shape[1]
+    hidden = model.base_model(
+        input_ids, attention_mask=attention_mask, position_ids=common.position_ids(attention_mask), use_cache=False
+    ).last_hidden_state[:, -R - 1 : -1]  # (B, R, H), the state *before* each response token: the one shift
+    weight = model.get_output_embeddings().weight
+    labels = input_ids[:, -R:][response_mask]  # (N,)
+    logprobs, entropy = fused_logprobs(hidden[response_mask], weight, labels, temperature)
+    zeros = torch.zeros_like(response_mask, dtype=logprobs.dtype)
+    return zeros.masked_scatter(response_mask, logprobs), zeros.masked_scatter(response_mask, entropy.detach())
+
+
+def dvpo_advantages(gvm_values, kl, mask, estimator: str, gamma: float, lam: float, kl_coef: float) -> torch.Tensor:
+    """Token advantages from frozen values: Eq. 7 of arXiv:2502.16944v2 and two alternatives.
+
+    `gvm_values (B, R + 1)`, `kl (B, R)` log-ratio of policy to reference, `mask (B, R)`; returns `(B, R)`, whitened.
+    """
+    rewards = -kl_coef * kl  # (B, R) the only reward: what the answer is worth is in the values
+    if estimator == "gae":
+        # DEVIATION: the paper's text takes Q itself. GAE subtracts V(s_t) and, bootstrapped by the GVM's judgement of the
+        # finished answer, sums up to that judgement: the values serve as baseline and as verdict.
+        advantages = common.gae(gvm_values, rewards, mask, gamma, lam)
+    elif estimator == "q":
+        advantages = rewards + gamma * gvm_values[:, 1:]  # static Q(s_t, a_t), no baseline
+    else:
+        # The released code: whitened values of the states before each token and nothing after the last one, so that
+        # the last step's error is -V(s_T) and ending a good answer is punished.
+        before = common.masked_whiten(gvm_values[:, :-1], mask)  # (B, R), zero outside the mask
+        before = torch.cat([before, torch.zeros_like(before[:, :1])], 1)  # (B, R + 1)
+        advantages = common.gae(before, rewards, mask, gamma, lam)
+    return common.masked_whiten(advantages, mask)
+
+
+def ppo_clip_loss(new_logprobs, logprobs, advantages, mask, clip_coef: float):
+    """PPO-clip, Eq. 6 of arXiv:2502.16944v2, summed over the tokens of `mask`.
+
+    All inputs `(B, R)`. Returns the loss and, for logging, sums of k3 (an estimate of KL(old || new)), of clipped tokens,
+    of the ratio and of its square.
+    """
+    logratio = (new_logprobs - logprobs)[mask]  # (N,)
+    ratio, advantages = logratio.exp(), advantages[mask]
+    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    loss = -torch.min(advantages * ratio, advantages * clipped).sum()
+    with torch.no_grad():
+        sums = (ratio - 1 - logratio).sum(), (ratio != clipped).sum(), ratio.sum(), (ratio**2).sum()
+    return loss, sums
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sharding
+# ---------------------------------------------------------------------------------------------------------------------
+def shard(model, mesh, dtype: torch.dtype):
+    """FSDP2: every decoder layer is a unit, the rest another; computes in `dtype`, reduces gradients in fp32."""
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in common.decoder_layers(model):
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    return fully_shard(model, mesh=mesh, mp_policy=precision)
+
+
+def add_token_logprobs(model):
+    """Make `token_logprobs` a method that FSDP treats like `forward`: the head's weight is whole inside it."""
+    model.token_logprobs = types.MethodType(token_logprobs, model)
+    register_fsdp_forward_method(model, "token_logprobs")
+    return model
+
+
+def full_state_dict(model, dtype: torch.dtype) -> dict:
+    """The whole model on rank 0's CPU in `dtype`, empty on other ranks; every rank must call."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollout
+# ---------------------------------------------------------------------------------------------------------------------
+@torch.no_grad()  # not inference_mode: the next training step would raise
+def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, temperature: float):
+    """Sample answers from a sharded policy without any communication per token.
+
+    `prompt_ids`, `prompt_mask (B, P)` left-padded; `uniforms (B, R)` in [0, 1), one per token to sample, so what a
+    prompt is answered does not depend on the number of ranks; `end_ids (E,)` end an answer. Returns `response_ids` and
+    `response_mask (B, R)`, the ending token inside the mask, `pad_id` after it.
+    """
+    B, R = uniforms.shape
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:  # gather the weights once, not once per token
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    was_training = model.training
+    model.eval()  # gradient checkpointing would silently drop the cache in train mode
+    try:
+        response_ids = prompt_ids.new_full((B, R), pad_id)
+        response_mask = torch.zeros_like(response_ids, dtype=torch.bool)
+        attention_mask = torch.cat([prompt_mask, torch.ones_like(response_mask)], 1)  # (B, P + R)
+        positions = common.position_ids(attention_mask)
+        tokens, cache, running = prompt_ids, None, torch.ones_like(response_mask[:, 0])
+        P = prompt_ids.shape[1]
+        for t in range(R):
+            seen = slice(0 if t == 0 else P + t - 1, P + t)
+            outputs = model(tokens, attention_mask=attention_mask[:, : P + t], position_ids=positions[:, seen],
+                            past_key_values=cache, use_cache=True, logits_to_keep=1)  # fmt: skip
+            cumulative = torch.softmax(outputs.logits[:, -1].float() / temperature, 1).cumsum(1)  # (B, V)
+            threshold = uniforms[:, t, None] * cumulative[:, -1:]
+            sampled = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=cumulative.shape[1] - 1)
+            response_ids[:, t] = torch.where(running, sampled, pad_id)
+            response_mask[:, t] = running
+            running = running & ~torch.isin(sampled, end_ids)
+            if not running.any():
+                break
+            tokens, cache = response_ids[:, t : t + 1], outputs.past_key_values
+    finally:
+        model.train(was_training)
+        for unit in units:  # left gathered across an optimizer step, the next forward would use stale weights
+            unit.reshard()
+            unit.set_reshard_after_forward(True, recurse=False)
+    return response_ids, response_mask
+
+
+def show_samples(tokenizer, prompts, response_ids, response_mask, scores, count: int = 3) -> None:
+    """Print the first prompts with their answers and scores; control characters stay escaped."""
+    for prompt, ids, mask, score in zip(prompts[:count], response_ids, response_mask, scores):
+        question = tokenizer.decode(prompt, skip_special_tokens=True)
+        answer = tokenizer.decode(ids[mask], skip_special_tokens=True)
+        common.log(f"    {score.item():+.2f}  {question[-200:]!r} -> {answer[:300]!r}")
+
+
+def main(args: Args) -> None:
+    # -----------------------------------------------------------------------------------------------------------------
+    # 1 Processes
+    # -----------------------------------------------------------------------------------------------------------------
+    device = common.init_processes()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    dtype = common.compute_dtype(args.dtype, device)
+    common.check_positive(args, "rollout_batch_size", "micro_batch_size", "num_minibatches", "num_epochs", "num_updates",
+                          "response_length", "temperature")  # fmt: skip
+    common.check(args.rollout_batch_size % (args.num_minibatches * world_size) == 0,
+                 f"--rollout-batch-size {args.rollout_batch_size} must be a multiple of --num-minibatches "
+                 f"{args.num_minibatches} x {world_size} processes")  # fmt: skip
+    common.check(world_size % args.dp_replicate == 0, f"--dp-replicate {args.dp_replicate} must divide {world_size}")
+    mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
+                            mesh_dim_names=("replicate", "shard"))  # fmt: skip
+    mesh = mesh if args.dp_replicate > 1 else mesh["shard"]
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # 2 Data
+    # -----------------------------------------------------------------------------------------------------------------
+    tokenizer = common.load_tokenizer(args.model_path)
+    common.check_same_tokenizer(args.model_path, tokenizer, args.gvm_path, common.load_tokenizer(args.gvm_path))
+    examples, _ = common.load_examples(args.dataset, needs="prompts")
+    unique = list({str(example.prompt): example for example in examples}.values())
+    _, all_prompts = common.fit_prompts(tokenizer, unique, args.max_prompt_length)
+    common.log(f"{len(all_prompts)} prompts, the first: {tokenizer.decode(all_prompts[0])!r}")
+    end_ids = torch.tensor([common.end_of_turn_id(tokenizer), tokenizer.eos_token_id], device=device)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # 3 Models: one trained, two frozen
+    # -----------------------------------------------------------------------------------------------------------------
+    policy = common.load_policy(args.model_path, tokenizer, torch.float32)
+    if args.gradient_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    reference = copy.deepcopy(policy).to(dtype).eval().requires_grad_(False)
+    gvm = common.load_value_model(args.gvm_path, tokenizer, dtype, fresh_head=False).eval().requires_grad_(False)
+    num_trajectories = getattr(gvm.config, "num_context_trajectories", 0)  # the GVM says how it was trained
+    trajectory_length = getattr(gvm.config, "context_trajectory_length", 0)
+    policy = add_token_logprobs(shard(policy, mesh, dtype)).train()
+    reference = add_token_logprobs(shard(reference, mesh, dtype))
+    gvm = shard(gvm, mesh, dtype)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=args.num_updates)
+
+    run = common.Run(args, __file__, args.track)
+    B, kl_coef = args.rollout_batch_size, args.kl_coef
+    mine = torch.arange(B).chunk(world_size)[rank]  # the rows this rank rolls out and scores
+    for update in range(1, args.num_updates + 1):
+        # -------------------------------------------------------------------------------------------------------------
+        # 4 Rollout: each rank answers its share of the prompts, then all ranks hold all answers (a few MB)
+        # -------------------------------------------------------------------------------------------------------------
+        start = time.perf_counter()
+        # All randomness of an update comes from (seed, update) and is drawn for the whole batch, so it depends on no
+        # earlier update and on no number of ranks.
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + update)
+        prompts = [all_prompts[i] for i in common.shuffled_batch(len(all_prompts), update, B, args.seed)]
+        prompt_ids, prompt_mask = (x.to(device) for x in common.pad(prompts, tokenizer.pad_token_id, "left"))  # (B, P)
+        uniforms = torch.rand(B, args.response_length, generator=generator).to(device)
+        answers = generate(policy, prompt_ids[mine], prompt_mask[mine], uniforms[mine], end_ids,
+                           tokenizer.pad_token_id, args.temperature)  # fmt: skip
+        response_ids, response_mask = (common.all_gather(x) for x in answers)
+        longest = response_mask.sum(1).max()
+        response_ids, response_mask = response_ids[:, :longest], response_mask[:, :longest]  # (B, R)
+        input_ids = torch.cat([prompt_ids, response_ids], 1)  # (B, P + R)
+        attention_mask = torch.cat([prompt_mask, response_mask], 1)  # (B, P + R)
+        time_rollout = time.perf_counter() - start
+
+        # -------------------------------------------------------------------------------------------------------------
+        # 5 Score: old and reference log-probs, frozen values
+        # -------------------------------------------------------------------------------------------------------------
+        start = time.perf_counter()
+        gvm_prompts = prompts
+        if num_trajectories:  # tau: what this very policy has just answered to other prompts
+            pool = [(prompt, ids[mask].tolist()) for prompt, ids, mask in zip(prompts, response_ids, response_mask)]
+            gvm_prompts = []
+            for i, prompt in enumerate(prompts):
+                drawn = common.draw_trajectories(random.Random(f"{args.seed}/{update}/{i}"), pool, prompt, num_trajectories)
+                gvm_prompts.append(common.condition(prompt, drawn, trajectory_length))
+        gvm_ids, gvm_mask = (x.to(device) for x in common.pad(gvm_prompts, tokenizer.pad_token_id, "left"))
+        scored = []
+        with torch.no_grad():
+            for micro in mine.split(args.micro_batch_size):
+                mask = response_mask[micro]
+                batch = input_ids[micro], attention_mask[micro], mask, args.temperature
+                logprobs, entropy = policy.token_logprobs(*batch)  # (micro, R)
+                ref_logprobs, _ = reference.token_logprobs(*batch)
+                full_mask = torch.cat([gvm_mask[micro], mask], 1)
+                values = gvm(torch.cat([gvm_ids[micro], response_ids[micro]], 1), attention_mask=full_mask,
+                             position_ids=common.position_ids(full_mask), use_cache=False).logits  # fmt: skip
+                values = values[:, gvm_ids.shape[1] - 1 :, 0].float()  # (micro, R + 1)
+                scored.append(torch.cat([logprobs, ref_logprobs, values], 1))
+        R = response_mask.shape[1]
+        logprobs, ref_logprobs, gvm_values = common.all_gather(torch.cat(scored)).split([R, R, R + 1], 1)
+        kl = logprobs - ref_logprobs  # (B, R) k1, zero outside the mask
+        advantages = dvpo_advantages(
+            gvm_values, kl, response_mask, args.advantage, args.gamma, args.gae_lambda, kl_coef
+        )  # (B, R)
+        time_score = time.perf_counter() - start
+
+        # -------------------------------------------------------------------------------------------------------------
+        # 6 Update: PPO-clip on the policy, and nothing else
+        # -------------------------------------------------------------------------------------------------------------
+        start = time.perf_counter()
+        steps = []
+        minibatches = [m for _ in range(args.num_epochs) for m in torch.randperm(B, generator=generator).chunk(args.num_minibatches)]
+        for minibatch in minibatches:
+            num_tokens = response_mask[minibatch].sum()  # of the whole optimizer step: ranks and micro-batches don't matter
+            sums = torch.zeros(6, device=device)
+            for micro in minibatch.chunk(world_size)[rank].split(args.micro_batch_size):
+                mask = response_mask[micro]
+                new_logprobs, entropy = policy.token_logprobs(
+                    input_ids[micro], attention_mask[micro], mask, args.temperature
+                )  # (micro, R)
+                loss, ratio_sums = ppo_clip_loss(new_logprobs, logprobs[micro], advantages[micro], mask, args.clip_coef)
+                (loss * world_size / num_tokens).backward()  # FSDP averages over ranks, this wants the sum
+                sums += torch.stack([loss.detach(), *ratio_sums, entropy.sum()])
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).full_tensor()
+            optimizer.step()
+            optimizer.zero_grad()
+            steps.append(torch.cat([common.all_sum(sums) / num_tokens, grad_norm[None]]))
+            if args.max_approx_kl is not None and steps[-1][1] > args.max_approx_kl:
+                break
+        scheduler.step()
+        time_update = time.perf_counter() - start
+
+        # -------------------------------------------------------------------------------------------------------------
+        # 7 Log
+        # -------------------------------------------------------------------------------------------------------------
+        loss, approxkl, clipfrac, ratio, ratio_squared, entropy, grad_norm = torch.stack(steps).mean(0).tolist()
+        lengths = response_mask.sum(1)  # (B,)
+        scores = gvm_values.gather(1, lengths[:, None])[:, 0]  # (B,) the GVM's judgement of the finished answer
+        ended = torch.isin(response_ids.gather(1, lengths[:, None] - 1)[:, 0], end_ids)  # (B,)
+        sequence_kl = kl.sum(1).mean().item()
+        seconds = time_rollout + time_score + time_update
+        metrics = {
+            "objective/kl": sequence_kl,
+            "objective/entropy": -logprobs.sum(1).mean().item(),
+            "objective/non_score_reward": -kl_coef * sequence_kl,
+            "objective/scores": scores.mean().item(),
+            "objective/kl_coef": kl_coef,
+            "policy/approxkl": approxkl,
+            "policy/clipfrac": clipfrac,
+            "policy/entropy": entropy,
+            "loss/policy": loss,
+            "val/ratio": ratio,
+            "val/ratio_var": ratio_squared - ratio**2,
+            "val/response_length": lengths.float().mean().item(),
+            "val/eos_rate": ended.float().mean().item(),
+            "optim/lr": scheduler.get_last_lr()[0],
+            "optim/grad_norm": grad_norm,
+            "time/rollout": time_rollout,
+            "time/score": time_score,
+            "time/update": time_update,
+            "time/total": seconds,
+            "time/tokens_per_sec": lengths.sum().item() / seconds,
+            "time/peak_mem_gb": common.peak_memory_gb(device),
+        }
+        if args.dataset == "toy":
+            metrics["objective/gold"] = common.toy_gold_mean(tokenizer, prompts, response_ids, response_mask)
+        run.log(update, args.num_updates, metrics, ("objective/gold", "objective/scores", "objective/kl", "val/response_length", "val/eos_rate"))
+        if update % args.sample_every == 0 or update == args.num_updates:
+            show_samples(tokenizer, prompts, response_ids, response_mask, scores)
+        if args.kl_target is not None:  # Eq. 2 of arXiv:1909.08593: proportional control, at most 2 % per update
+            kl_coef *= 1 + 0.1 * min(max(sequence_kl / args.kl_target - 1, -0.2), 0.2)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # 8 Save
+    # -----------------------------------------------------------------------------------------------------------------
+    run.save(policy, full_state_dict(policy, dtype), tokenizer, "Policy trained by DVPO")
+    common.end_processes()
+
+
+if __name__ == "__main__":
+    with common.one_line_errors():
+        main(tyro.cli(Args))

@@ -1,0 +1,308 @@
+"""Stage 2: pretrain the global value model (GVM) on preference data by temporal differences. DVPO, arXiv:2502.16944v2.
+
+The GVM reads a prompt and an answer and predicts, at every token, what the whole answer will be worth: its return-to-go.
+Preferences say only that one answer is better than another, so a chosen answer is worth +1 and a rejected one -1, paid at
+its last token; TD(lambda) carries that back to the last prompt token. With `--num-context-trajectories K` the GVM also
+reads K other prompt/answer pairs of the same policy (tau in the paper): they tell whose return it is to predict.
+Afterwards it is frozen. There is no reward model, and `train_dvpo.py` will train no critic.
+
+    python train_gvm.py                                                        # embedded task, after sft
+    torchrun --nproc_per_node 8 train_gvm.py --model-path SFT --dataset HuggingFaceH4/ultrafeedback_binarized \
+        --max-prompt-length 1024 --response-length 1024 --learning-rate 1e-5 --num-epochs 1
+
+In: an SFT checkpoint and preference pairs or scored answers. Out: `--output-dir`, a token-classification checkpoint
+(one value per token, no bias) that `from_pretrained` loads, and its held-out report in `report.json`.
+Shapes: B sequences, P prompt tokens (left-padded, context included), R response tokens.
+"""
+
+import json
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+import common
+
+
+@dataclass
+class Args:
+    # Paths
+    model_path: str = "runs/sft"
+    """model to start from, usually the SFT policy: local folder or hub id"""
+    dataset: str = "toy"
+    """preference pairs or scored answers: "toy", a hub name or a local file or folder, each as NAME or NAME:SPLIT"""
+    output_dir: str = "runs/gvm"
+    """folder of the trained GVM, metrics and arguments"""
+
+    # Training
+    seed: int = 1
+    """seed of data order and context trajectories"""
+    num_epochs: int = 2
+    """passes over the data"""
+    num_examples: int | None = None
+    """use only the first so many training examples (pairs count as one); None uses all"""
+    learning_rate: float = 1e-3
+    """AdamW's, decayed linearly to zero (released code: Adafactor, 1.41e-5)"""
+    batch_size: int = 64
+    """answers per update (global); the two of a pair stay together"""
+    micro_batch_size: int = 64
+    """sequences per forward and backward (per rank); lower it when out of memory, results stay the same"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+    max_prompt_length: int = 512
+    """tokens, without context; examples with longer prompts are dropped"""
+    response_length: int = 20
+    """tokens; longer answers are cut"""
+
+    # Values
+    label_source: Literal["preference", "score"] = "preference"
+    """what an answer is worth: preference: +1 chosen, -1 rejected (released code); score: its score, standardised"""
+    gamma: float = 1.0
+    """discount per token (released code: 1)"""
+    td_lambda: float = 0.95
+    """0: one-step TD (the paper's loss), 1: Monte Carlo (released code: 0.95)"""
+    num_context_trajectories: int = 0
+    """K, other prompt/answer pairs by the same policy in front; needs policy columns (released code: 0)"""
+    context_trajectory_length: int = 256
+    """tokens kept of each context trajectory"""
+
+    # Machine
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """compute; trained weights stay float32; auto: bfloat16 on GPU, float32 on CPU"""
+    dp_replicate: int = 1
+    """replicas of the sharded model (hybrid sharding: one per machine)"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, more time"""
+    track: Literal["tensorboard", "wandb"] | None = None
+    """also send metrics there"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The mathematics
+# ---------------------------------------------------------------------------------------------------------------------
+def token_values(gvm, input_ids, attention_mask, response_mask) -> torch.Tensor:
+    """Values `(B, R + 1)` in fp32: column 0 after the last prompt token, column t after response token t.
+
+    `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`.
+    """
+    R = response_mask.shape[1]
+    logits = gvm(
+        input_ids, attention_mask=attention_mask, position_ids=common.position_ids(attention_mask), use_cache=False
+    ).logits  # (B, P + R, 1)
+    return logits[:, -R - 1 :, 0].float()
+
+
+def td_loss(values, labels, mask, gamma: float, lam: float) -> torch.Tensor:
+    """`0.5 (V - G)^2` summed over the last prompt token and all response tokens, Eq. 5 of arXiv:2502.16944v2.
+
+    `values (B, R + 1)`, `labels (B,)` paid at the last token, `mask (B, R)`. The targets G are TD(lambda) returns of the
+    detached values.
+    """
+    # DEVIATION: the paper's loss is one-step (lambda = 0); 0.95, as in the released code, learns long answers far sooner.
+    last = mask.sum(1, keepdim=True) - 1  # (B, 1)
+    rewards = torch.zeros_like(values[:, 1:]).scatter(1, last, labels[:, None])  # (B, R)
+    returns = common.td_lambda_returns(values.detach(), rewards, mask, gamma, lam)  # (B, R + 1)
+    # DEVIATION: the released code trains response tokens alone; the state before the first one is a baseline too.
+    trained = torch.cat([torch.ones_like(mask[:, :1]), mask], 1)  # (B, R + 1)
+    return 0.5 * ((values - returns)[trained] ** 2).sum()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sharding
+# ---------------------------------------------------------------------------------------------------------------------
+# Copied from train_dvpo.shard
+def shard(model, mesh, dtype: torch.dtype):
+    """FSDP2: every decoder layer is a unit, the rest another; computes in `dtype`, reduces gradients in fp32."""
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in common.decoder_layers(model):
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    return fully_shard(model, mesh=mesh, mp_policy=precision)
+
+
+# Copied from train_dvpo.full_state_dict
+def full_state_dict(model, dtype: torch.dtype) -> dict:
+    """The whole model on rank 0's CPU in `dtype`, empty on other ranks; every rank must call."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers, their labels and their context
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Answer:
+    prompt_ids: list[int]
+    response_ids: list[int]
+    label: float  # what the answer is worth
+    policy: str | None  # who wrote it
+
+
+def tokenize(tokenizer, examples: list[common.Example], args: Args) -> tuple[list[Answer], int]:
+    """Answers in dataset order, and how many of them belong together: 2 (chosen, rejected, chosen, ...) or 1."""
+    examples, prompts = common.fit_prompts(tokenizer, examples, args.max_prompt_length)
+    sides = ("chosen", "rejected") if examples and examples[0].rejected is not None else ("chosen",)
+    texts = [getattr(e, side) for e in examples for side in sides]
+    responses = iter(common.tokenize_answers(tokenizer, texts, args.response_length))
+    answers = []
+    for example, prompt_ids in zip(examples, prompts):
+        for side in sides:
+            label = {"chosen": 1.0, "rejected": -1.0}[side]
+            if args.label_source == "score":
+                label = getattr(example, f"score_{side}")
+            answers.append(Answer(prompt_ids, next(responses), label, getattr(example, f"{side}_policy")))
+    return answers, len(sides)
+
+
+def policy_pools(answers: list[Answer]) -> dict[str, list[common.Trajectory]]:
+    """Every policy's trajectories."""
+    pools: dict[str, list[common.Trajectory]] = {}
+    for answer in answers:
+        pools.setdefault(answer.policy, []).append((answer.prompt_ids, answer.response_ids))
+    return pools
+
+
+def make_batch(answers: list[Answer], pools: dict, rng_key: str, pad_id: int, device, args: Args) -> dict:
+    """`input_ids attention_mask response_mask` of answers behind freshly drawn context trajectories of their policies."""
+    prompts = [answer.prompt_ids for answer in answers]
+    if args.num_context_trajectories:
+        for i, answer in enumerate(answers):
+            rng = random.Random(f"{rng_key}/{answer.prompt_ids}/{answer.response_ids}")
+            drawn = common.draw_trajectories(rng, pools[answer.policy], answer.prompt_ids, args.num_context_trajectories)
+            prompts[i] = common.condition(answer.prompt_ids, drawn, args.context_trajectory_length)
+    return common.pad_batch(prompts, [answer.response_ids for answer in answers], pad_id, device)
+
+
+@torch.no_grad()
+def heldout_report(gvm, answers: list[Answer], group: int, pools: dict, pad_id: int, device, args: Args) -> dict:
+    """`common.value_report` on held-out answers, shared among ranks."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    share = -(-len(answers) // world_size)  # ranks must run equally many forward passes: the last repeats some rows
+    mine = [answers[i % len(answers)] for i in range(rank * share, (rank + 1) * share)]
+    parts = []
+    for i in range(0, share, args.micro_batch_size):
+        batch = make_batch(mine[i : i + args.micro_batch_size], pools, "heldout", pad_id, device, args)
+        statistics = common.token_statistics(token_values(gvm, **batch), batch["response_mask"])
+        parts.append(torch.stack(list(statistics.values()), 1))
+    table = common.all_gather(torch.cat(parts))[: len(answers)].cpu()  # (answers, statistics)
+    pairs = torch.arange(len(answers)).view(-1, 2) if group == 2 else torch.empty(0, 2, dtype=torch.long)
+    labels = torch.tensor([answer.label for answer in answers])
+    return common.value_report(dict(zip(statistics, table.unbind(1))), labels, pairs)
+
+
+def main(args: Args) -> None:
+    # -----------------------------------------------------------------------------------------------------------------
+    # 1 Processes
+    # -----------------------------------------------------------------------------------------------------------------
+    device = common.init_processes()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    dtype = common.compute_dtype(args.dtype, device)
+    common.check_positive(args, "batch_size", "micro_batch_size", "num_epochs", "response_length")
+    common.check(args.batch_size % (2 * world_size) == 0, f"--batch-size {args.batch_size} must be a multiple of 2 x the "
+                 f"number of processes, {world_size}")  # fmt: skip
+    common.check(world_size % args.dp_replicate == 0, f"--dp-replicate {args.dp_replicate} must divide {world_size}")
+    mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
+                            mesh_dim_names=("replicate", "shard"))  # fmt: skip
+    mesh = mesh if args.dp_replicate > 1 else mesh["shard"]
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # 2 Data
+    # -----------------------------------------------------------------------------------------------------------------
+    tokenizer = common.load_tokenizer(args.model_path)
+    needs = {"preference": "pairs", "score": "scores"}[args.label_source]
+    examples, heldout = common.load_examples(args.dataset, needs)
+    train_set, group = tokenize(tokenizer, examples[: args.num_examples], args)
+    heldout_set, _ = tokenize(tokenizer, heldout, args)
+    if args.label_source == "score":
+        scores = torch.tensor([answer.label for answer in train_set])
+        common.check(scores.std() > 0, f"--label-source score: all scores in {args.dataset} equal {scores[0].item():g}")
+        for answer in train_set + heldout_set:
+            answer.label = (answer.label - scores.mean().item()) / scores.std().item()
+    if args.num_context_trajectories:
+        common.check(all(answer.policy for answer in train_set), f"--num-context-trajectories {args.num_context_trajectories}"
+                     f" needs to know who wrote each answer, but {args.dataset} lacks the columns chosen_policy and "
+                     "rejected_policy (or policy); add them or set it to 0")  # fmt: skip
+        counts = Counter(answer.policy for answer in train_set)
+        common.log(f"answers by policy: {', '.join(f'{name} {count}' for name, count in counts.most_common())}")
+    train_pools, heldout_pools = policy_pools(train_set), policy_pools(heldout_set)
+    common.log(f"{len(train_set)} answers, {len(heldout_set)} held out; the first, worth {train_set[0].label:+.2f}:")
+    common.show_example(tokenizer, train_set[0].prompt_ids, train_set[0].response_ids)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # 3 Model
+    # -----------------------------------------------------------------------------------------------------------------
+    gvm = common.load_value_model(args.model_path, tokenizer, torch.float32, fresh_head=True)
+    gvm.config.num_context_trajectories = args.num_context_trajectories  # train_dvpo.py conditions it likewise
+    gvm.config.context_trajectory_length = args.context_trajectory_length
+    if args.gradient_checkpointing:
+        gvm.gradient_checkpointing_enable({"use_reentrant": False})
+    gvm = shard(gvm, mesh, dtype).train()
+    num_updates = max(1, args.num_epochs * len(train_set) // args.batch_size)
+    optimizer = torch.optim.AdamW(gvm.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=num_updates)
+
+    run = common.Run(args, __file__, args.track)
+    for update in range(1, num_updates + 1):
+        start = time.perf_counter()
+        # -------------------------------------------------------------------------------------------------------------
+        # 4 Update
+        # -------------------------------------------------------------------------------------------------------------
+        groups = common.shuffled_batch(len(train_set) // group, update, args.batch_size // group, args.seed)
+        answers = [train_set[group * i + side] for i in groups for side in range(group)]
+        num_values = sum(len(answer.response_ids) + 1 for answer in answers)  # of all ranks: the loss is per value
+        mine = answers[rank * len(answers) // world_size : (rank + 1) * len(answers) // world_size]
+        loss_sum = torch.zeros((), device=device)
+        for i in range(0, len(mine), args.micro_batch_size):
+            micro = mine[i : i + args.micro_batch_size]
+            batch = make_batch(micro, train_pools, f"{args.seed}/{update}", tokenizer.pad_token_id, device, args)
+            labels = torch.tensor([answer.label for answer in micro], device=device)  # (micro,)
+            values = token_values(gvm, **batch)  # (micro, R + 1)
+            loss = td_loss(values, labels, batch["response_mask"], args.gamma, args.td_lambda)
+            (loss * world_size / num_values).backward()  # FSDP averages over ranks, this wants the sum
+            loss_sum += loss.detach()
+        grad_norm = torch.nn.utils.clip_grad_norm_(gvm.parameters(), args.max_grad_norm).full_tensor()
+        optimizer.step()
+        optimizer.zero_grad()
+        lr = scheduler.get_last_lr()[0]
+        scheduler.step()
+
+        # -------------------------------------------------------------------------------------------------------------
+        # 5 Log
+        # -------------------------------------------------------------------------------------------------------------
+        seconds = time.perf_counter() - start
+        metrics = {
+            "gvm/loss": common.all_sum(loss_sum).item() / num_values,
+            "optim/lr": lr,
+            "optim/grad_norm": grad_norm.item(),
+            "time/total": seconds,
+            "time/tokens_per_sec": num_values / seconds,
+            "time/peak_mem_gb": common.peak_memory_gb(device),
+        }
+        if heldout_set and update in (num_updates // 4, num_updates // 2, num_updates):
+            report = heldout_report(gvm, heldout_set, group, heldout_pools, tokenizer.pad_token_id, device, args)
+            metrics["gvm/explained_variance"] = report["explained_variance"]
+            if group == 2:
+                metrics["gvm/pair_accuracy"] = report["pair_accuracy"]["last"]
+        run.log(update, num_updates, metrics, ("gvm/loss", "gvm/pair_accuracy", "gvm/explained_variance", "optim/lr"))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # 6 Save
+    # -----------------------------------------------------------------------------------------------------------------
+    if heldout_set:
+        common.log("held-out:\n" + common.value_tables(report))
+        if rank == 0:
+            (run.folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    run.save(gvm, full_state_dict(gvm, dtype), tokenizer, "Global value model (GVM)")
+    common.end_processes()
+
+
+if __name__ == "__main__":
+    with common.one_line_errors():
+        main(tyro.cli(Args))
