@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -60,6 +61,8 @@ def one_line_errors():
 
 def init_processes() -> torch.device:
     """Join the process group and return this rank's device: nccl on GPUs, gloo on CPUs, also for a single process."""
+    transformers.logging.set_verbosity_error()  # what matters of a model's load report is checked below
+    transformers.logging.disable_progress_bar()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -270,13 +273,13 @@ TOY_NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
 # Fault rates of the behaviour policies: an item of another kind, a repetition, an excluded item, a wrong number of items.
 TOY_POLICIES = {
     "expert": (0.01, 0.01, 0.02, 0.04),
-    "careful": (0.03, 0.03, 0.10, 0.15),
-    "hasty": (0.04, 0.03, 0.20, 0.45),
-    "forgetful": (0.03, 0.25, 0.50, 0.25),
-    "careless": (0.25, 0.10, 0.50, 0.40),
+    "careful": (0.02, 0.03, 0.06, 0.12),
+    "hasty": (0.04, 0.03, 0.10, 0.45),
+    "forgetful": (0.03, 0.20, 0.40, 0.20),
+    "careless": (0.20, 0.08, 0.40, 0.35),
 }
 TOY_FAULT = 0.5  # what one fault costs
-TOY_NOISE = 0.15  # scale of the annotators' Gumbel noise: their preferences are Bradley-Terry in gold / TOY_NOISE
+TOY_NOISE = 0.12  # scale of the annotators' Gumbel noise: their preferences are Bradley-Terry in gold / TOY_NOISE
 
 
 def toy_gold(prompt: str, answer: str) -> float:
@@ -568,7 +571,9 @@ def read_rows(dataset: str, splits: tuple[str, ...]):
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"--dataset {path}: neither a local file or folder nor readable from the hub ({error})") from error
+        raise UserError(
+            f"--dataset {path}: neither a local file or folder nor readable from the hub ({error})"
+        ) from error
     if isinstance(data, datasets.DatasetDict):
         wanted = [split] if split else [s for s in splits if s in data] or list(data)[:1]
         check(wanted[0] in data, f"--dataset {dataset}: no split {split!r}; there are {', '.join(data)}")
@@ -726,7 +731,9 @@ def fit_prompts(tokenizer, examples: list[Example], max_length: int) -> tuple[li
     if len(kept) < len(tokens):
         log(f"  dropped {len(tokens) - len(kept)}: prompt longer than --max-prompt-length {max_length}")
     longest = max(map(len, tokens), default=0)
-    check(kept or not tokens, f"every prompt is longer than --max-prompt-length {max_length} (longest: {longest} tokens)")
+    check(
+        kept or not tokens, f"every prompt is longer than --max-prompt-length {max_length} (longest: {longest} tokens)"
+    )
     return [examples[i] for i in kept], [tokens[i] for i in kept]
 
 
@@ -824,7 +831,7 @@ def load_config(path: str, tokenizer):
     if path == "toy":
         config = LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-            num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=False, bos_token_id=None,
+            num_attention_heads=8, max_position_embeddings=512, initializer_range=0.05, bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
     else:
@@ -855,7 +862,9 @@ def load_policy(path: str, tokenizer, dtype: torch.dtype):
     else:
         model = load_pretrained(AutoModelForCausalLM, path, config=config, dtype=dtype, use_safetensors=True)
     head = model.get_output_embeddings()
-    check(getattr(head, "bias", None) is None, f"{path}: the output head of {config.model_type} has a bias: not supported")
+    check(
+        getattr(head, "bias", None) is None, f"{path}: the output head of {config.model_type} has a bias: not supported"
+    )
     size = head.weight.shape[0]
     check(len(tokenizer) <= size, f"{path}: the tokenizer has {len(tokenizer)} tokens, the model only {size}")
     decoder_layers(model)
@@ -883,7 +892,9 @@ def load_value_model(path: str, tokenizer, dtype: torch.dtype, fresh_head: bool)
     check(plain, f"{path}: the token-classification head of {config.model_type} is not a plain `score` layer; use a "
                  "Llama, Qwen2, Qwen3, Mistral or Gemma model")  # fmt: skip
     missing = [key for key in info["missing_keys"] if not (fresh_head and key == "score.weight")]
-    check(not missing, f"{path}: not a value model, it lacks {', '.join(sorted(missing)[:3])}; `train_gvm.py` makes one")
+    check(
+        not missing, f"{path}: not a value model, it lacks {', '.join(sorted(missing)[:3])}; `train_gvm.py` makes one"
+    )
     if fresh_head:
         torch.nn.init.zeros_(head.weight)
     decoder_layers(model)
@@ -945,10 +956,6 @@ class Run:
         unfinished = self.folder / ".unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         model.save_pretrained(unfinished, state_dict=state_dict)
-        # FSDP renames the class of what it shards; the checkpoint names the original.
-        config = json.loads((unfinished / "config.json").read_text())
-        config["architectures"] = [name.removeprefix("FSDP") for name in config["architectures"]]
-        (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         tokenizer.save_pretrained(unfinished)
         command = f"torchrun --nproc_per_node {dist.get_world_size()} " if dist.get_world_size() > 1 else "python "
         (unfinished / "README.md").write_text(

@@ -20,6 +20,7 @@ import tyro
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from transformers import get_linear_schedule_with_warmup
 
 import common
 
@@ -43,8 +44,10 @@ class Args:
     """passes over the data"""
     num_examples: int | None = None
     """use only the first so many training examples; None uses all"""
-    learning_rate: float = 2e-3
-    """AdamW's, decayed linearly to zero"""
+    learning_rate: float = 1.5e-3
+    """AdamW's peak, decayed linearly to zero"""
+    warmup_fraction: float = 0.1
+    """share of the updates in which the learning rate rises"""
     batch_size: int = 64
     """answers per update (global)"""
     micro_batch_size: int = 64
@@ -185,7 +188,9 @@ def tokenize(tokenizer, examples: list[common.Example], both: bool, args: Args) 
     examples, prompts = common.fit_prompts(tokenizer, examples, args.max_prompt_length)
     sides = ("chosen", "rejected") if both else ("chosen",)
     rows = [(p, getattr(e, side)) for p, e in zip(prompts, examples) for side in sides if getattr(e, side)]
-    return list(zip([p for p, _ in rows], common.tokenize_answers(tokenizer, [a for _, a in rows], args.response_length)))
+    return list(
+        zip([p for p, _ in rows], common.tokenize_answers(tokenizer, [a for _, a in rows], args.response_length))
+    )
 
 
 @torch.no_grad()
@@ -239,7 +244,8 @@ def main(args: Args) -> None:
     policy = add_token_logprobs(shard(policy, mesh, dtype)).train()
     num_updates = max(1, args.num_epochs * len(train_set) // args.batch_size)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
-    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=num_updates)
+    num_warmup = int(args.warmup_fraction * num_updates)
+    scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup, num_updates)
 
     run = common.Run(args, __file__, args.track)
     for update in range(1, num_updates + 1):

@@ -28,6 +28,7 @@ import tyro
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from transformers import get_linear_schedule_with_warmup
 
 import common
 
@@ -334,7 +335,7 @@ def main(args: Args) -> None:
     reference = add_token_logprobs(shard(reference, mesh, dtype))
     gvm = shard(gvm, mesh, dtype)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
-    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=args.num_updates)
+    scheduler = get_linear_schedule_with_warmup(optimizer, 0, args.num_updates)
 
     run = common.Run(args, __file__, args.track)
     B, kl_coef = args.rollout_batch_size, args.kl_coef
@@ -368,7 +369,9 @@ def main(args: Args) -> None:
             pool = [(prompt, ids[mask].tolist()) for prompt, ids, mask in zip(prompts, response_ids, response_mask)]
             gvm_prompts = []
             for i, prompt in enumerate(prompts):
-                drawn = common.draw_trajectories(random.Random(f"{args.seed}/{update}/{i}"), pool, prompt, num_trajectories)
+                drawn = common.draw_trajectories(
+                    random.Random(f"{args.seed}/{update}/{i}"), pool, prompt, num_trajectories
+                )
                 gvm_prompts.append(common.condition(prompt, drawn, trajectory_length))
         gvm_ids, gvm_mask = (x.to(device) for x in common.pad(gvm_prompts, tokenizer.pad_token_id, "left"))
         scored = []
@@ -396,9 +399,15 @@ def main(args: Args) -> None:
         # -------------------------------------------------------------------------------------------------------------
         start = time.perf_counter()
         steps = []
-        minibatches = [m for _ in range(args.num_epochs) for m in torch.randperm(B, generator=generator).chunk(args.num_minibatches)]
+        minibatches = [
+            m
+            for _ in range(args.num_epochs)
+            for m in torch.randperm(B, generator=generator).chunk(args.num_minibatches)
+        ]
         for minibatch in minibatches:
-            num_tokens = response_mask[minibatch].sum()  # of the whole optimizer step: ranks and micro-batches don't matter
+            num_tokens = response_mask[
+                minibatch
+            ].sum()  # of the whole optimizer step: ranks and micro-batches don't matter
             sums = torch.zeros(6, device=device)
             for micro in minibatch.chunk(world_size)[rank].split(args.micro_batch_size):
                 mask = response_mask[micro]
@@ -451,7 +460,12 @@ def main(args: Args) -> None:
         }
         if args.dataset == "toy":
             metrics["objective/gold"] = common.toy_gold_mean(tokenizer, prompts, response_ids, response_mask)
-        run.log(update, args.num_updates, metrics, ("objective/gold", "objective/scores", "objective/kl", "val/response_length", "val/eos_rate"))
+        run.log(
+            update,
+            args.num_updates,
+            metrics,
+            ("objective/gold", "objective/scores", "objective/kl", "val/response_length", "val/eos_rate"),
+        )
         if update % args.sample_every == 0 or update == args.num_updates:
             show_samples(tokenizer, prompts, response_ids, response_mask, scores)
         if args.kl_target is not None:  # Eq. 2 of arXiv:1909.08593: proportional control, at most 2 % per update

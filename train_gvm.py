@@ -28,6 +28,7 @@ import tyro
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import get_linear_schedule_with_warmup
 
 import common
 
@@ -50,7 +51,9 @@ class Args:
     num_examples: int | None = None
     """use only the first so many training examples (pairs count as one); None uses all"""
     learning_rate: float = 1e-3
-    """AdamW's, decayed linearly to zero (released code: Adafactor, 1.41e-5)"""
+    """AdamW's peak, decayed linearly to zero (released code: Adafactor, 1.41e-5)"""
+    warmup_fraction: float = 0.1
+    """share of the updates in which the learning rate rises"""
     batch_size: int = 64
     """answers per update (global); the two of a pair stay together"""
     micro_batch_size: int = 64
@@ -145,20 +148,36 @@ class Answer:
     policy: str | None  # who wrote it
 
 
-def tokenize(tokenizer, examples: list[common.Example], args: Args) -> tuple[list[Answer], int]:
+def tokenize(
+    tokenizer, examples: list[common.Example], label_source: str, max_prompt_length: int, response_length: int
+):
     """Answers in dataset order, and how many of them belong together: 2 (chosen, rejected, chosen, ...) or 1."""
-    examples, prompts = common.fit_prompts(tokenizer, examples, args.max_prompt_length)
+    examples, prompts = common.fit_prompts(tokenizer, examples, max_prompt_length)
     sides = ("chosen", "rejected") if examples and examples[0].rejected is not None else ("chosen",)
     texts = [getattr(e, side) for e in examples for side in sides]
-    responses = iter(common.tokenize_answers(tokenizer, texts, args.response_length))
+    responses = iter(common.tokenize_answers(tokenizer, texts, response_length))
     answers = []
     for example, prompt_ids in zip(examples, prompts):
         for side in sides:
-            label = {"chosen": 1.0, "rejected": -1.0}[side]
-            if args.label_source == "score":
+            label = 1.0 if side == "chosen" else -1.0
+            if label_source == "score":
                 label = getattr(example, f"score_{side}")
             answers.append(Answer(prompt_ids, next(responses), label, getattr(example, f"{side}_policy")))
     return answers, len(sides)
+
+
+def make_batch(config, answers: list[Answer], pools: dict, key: str, pad_id: int, device) -> dict[str, torch.Tensor]:
+    """`input_ids attention_mask response_mask` of answers, each behind the prompt and, in front of that, as many
+    trajectories of its policy as the GVM's `config` says, drawn anew for every `key` from `pools[policy]`."""
+    prompts = [answer.prompt_ids for answer in answers]
+    if config.num_context_trajectories:
+        for i, answer in enumerate(answers):
+            rng = random.Random(f"{key}/{answer.prompt_ids}/{answer.response_ids}")
+            drawn = common.draw_trajectories(
+                rng, pools[answer.policy], answer.prompt_ids, config.num_context_trajectories
+            )
+            prompts[i] = common.condition(answer.prompt_ids, drawn, config.context_trajectory_length)
+    return common.pad_batch(prompts, [answer.response_ids for answer in answers], pad_id, device)
 
 
 def policy_pools(answers: list[Answer]) -> dict[str, list[common.Trajectory]]:
@@ -169,32 +188,21 @@ def policy_pools(answers: list[Answer]) -> dict[str, list[common.Trajectory]]:
     return pools
 
 
-def make_batch(answers: list[Answer], pools: dict, rng_key: str, pad_id: int, device, args: Args) -> dict:
-    """`input_ids attention_mask response_mask` of answers behind freshly drawn context trajectories of their policies."""
-    prompts = [answer.prompt_ids for answer in answers]
-    if args.num_context_trajectories:
-        for i, answer in enumerate(answers):
-            rng = random.Random(f"{rng_key}/{answer.prompt_ids}/{answer.response_ids}")
-            drawn = common.draw_trajectories(rng, pools[answer.policy], answer.prompt_ids, args.num_context_trajectories)
-            prompts[i] = common.condition(answer.prompt_ids, drawn, args.context_trajectory_length)
-    return common.pad_batch(prompts, [answer.response_ids for answer in answers], pad_id, device)
-
-
 @torch.no_grad()
-def heldout_report(gvm, answers: list[Answer], group: int, pools: dict, pad_id: int, device, args: Args) -> dict:
-    """`common.value_report` on held-out answers, shared among ranks."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+def heldout_statistics(
+    gvm, answers: list[Answer], pad_id: int, micro_batch_size: int, device
+) -> dict[str, torch.Tensor]:
+    """`common.token_statistics` of held-out answers, each `(len(answers),)`; the work is shared among ranks."""
+    rank, world_size, pools = dist.get_rank(), dist.get_world_size(), policy_pools(answers)
     share = -(-len(answers) // world_size)  # ranks must run equally many forward passes: the last repeats some rows
     mine = [answers[i % len(answers)] for i in range(rank * share, (rank + 1) * share)]
     parts = []
-    for i in range(0, share, args.micro_batch_size):
-        batch = make_batch(mine[i : i + args.micro_batch_size], pools, "heldout", pad_id, device, args)
+    for i in range(0, share, micro_batch_size):
+        batch = make_batch(gvm.config, mine[i : i + micro_batch_size], pools, "heldout", pad_id, device)
         statistics = common.token_statistics(token_values(gvm, **batch), batch["response_mask"])
         parts.append(torch.stack(list(statistics.values()), 1))
     table = common.all_gather(torch.cat(parts))[: len(answers)].cpu()  # (answers, statistics)
-    pairs = torch.arange(len(answers)).view(-1, 2) if group == 2 else torch.empty(0, 2, dtype=torch.long)
-    labels = torch.tensor([answer.label for answer in answers])
-    return common.value_report(dict(zip(statistics, table.unbind(1))), labels, pairs)
+    return dict(zip(statistics, table.unbind(1)))
 
 
 def main(args: Args) -> None:
@@ -218,8 +226,11 @@ def main(args: Args) -> None:
     tokenizer = common.load_tokenizer(args.model_path)
     needs = {"preference": "pairs", "score": "scores"}[args.label_source]
     examples, heldout = common.load_examples(args.dataset, needs)
-    train_set, group = tokenize(tokenizer, examples[: args.num_examples], args)
-    heldout_set, _ = tokenize(tokenizer, heldout, args)
+    limits = args.label_source, args.max_prompt_length, args.response_length
+    train_set, group = tokenize(tokenizer, examples[: args.num_examples], *limits)
+    heldout_set, _ = tokenize(tokenizer, heldout, *limits)
+    outcomes = torch.tensor([answer.label for answer in heldout_set])
+    pairs = torch.arange(len(heldout_set)).view(-1, group)[:, : 2 if group == 2 else 0]  # (pairs, 2): good, bad
     if args.label_source == "score":
         scores = torch.tensor([answer.label for answer in train_set])
         common.check(scores.std() > 0, f"--label-source score: all scores in {args.dataset} equal {scores[0].item():g}")
@@ -231,7 +242,7 @@ def main(args: Args) -> None:
                      "rejected_policy (or policy); add them or set it to 0")  # fmt: skip
         counts = Counter(answer.policy for answer in train_set)
         common.log(f"answers by policy: {', '.join(f'{name} {count}' for name, count in counts.most_common())}")
-    train_pools, heldout_pools = policy_pools(train_set), policy_pools(heldout_set)
+    pools = policy_pools(train_set)
     common.log(f"{len(train_set)} answers, {len(heldout_set)} held out; the first, worth {train_set[0].label:+.2f}:")
     common.show_example(tokenizer, train_set[0].prompt_ids, train_set[0].response_ids)
 
@@ -246,7 +257,8 @@ def main(args: Args) -> None:
     gvm = shard(gvm, mesh, dtype).train()
     num_updates = max(1, args.num_epochs * len(train_set) // args.batch_size)
     optimizer = torch.optim.AdamW(gvm.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
-    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=num_updates)
+    num_warmup = int(args.warmup_fraction * num_updates)
+    scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup, num_updates)
 
     run = common.Run(args, __file__, args.track)
     for update in range(1, num_updates + 1):
@@ -261,7 +273,7 @@ def main(args: Args) -> None:
         loss_sum = torch.zeros((), device=device)
         for i in range(0, len(mine), args.micro_batch_size):
             micro = mine[i : i + args.micro_batch_size]
-            batch = make_batch(micro, train_pools, f"{args.seed}/{update}", tokenizer.pad_token_id, device, args)
+            batch = make_batch(gvm.config, micro, pools, f"{args.seed}/{update}", tokenizer.pad_token_id, device)
             labels = torch.tensor([answer.label for answer in micro], device=device)  # (micro,)
             values = token_values(gvm, **batch)  # (micro, R + 1)
             loss = td_loss(values, labels, batch["response_mask"], args.gamma, args.td_lambda)
@@ -286,9 +298,10 @@ def main(args: Args) -> None:
             "time/peak_mem_gb": common.peak_memory_gb(device),
         }
         if heldout_set and update in (num_updates // 4, num_updates // 2, num_updates):
-            report = heldout_report(gvm, heldout_set, group, heldout_pools, tokenizer.pad_token_id, device, args)
+            statistics = heldout_statistics(gvm, heldout_set, tokenizer.pad_token_id, args.micro_batch_size, device)
+            report = common.value_report(statistics, outcomes, pairs)
             metrics["gvm/explained_variance"] = report["explained_variance"]
-            if group == 2:
+            if len(pairs):
                 metrics["gvm/pair_accuracy"] = report["pair_accuracy"]["last"]
         run.log(update, num_updates, metrics, ("gvm/loss", "gvm/pair_accuracy", "gvm/explained_variance", "optim/lr"))
 

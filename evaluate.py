@@ -1,0 +1,494 @@
+"""Stage 4: compare policies on held-out prompts, and say how far the GVM can be trusted.
+
+    python evaluate.py                                                         # sft and dvpo on the embedded task
+    python evaluate.py sft=runs/sft dvpo=runs/dvpo other=some/folder --dataset DATA --response-length 640
+
+For each policy: gold score (embedded task) or the GVM's verdict, KL to the reference, answer length, how often the answer
+ends by itself, and how often it beats the first policy on the same prompt. For the GVM: how often it prefers the better of
+two held-out answers, by several statistics of its token values and by how much of the answer it has seen.
+
+In: any number of NAME=PATH. Out: `results.json` and `report.html` in `--output-dir`. All intervals are 95 % bootstrap
+intervals over prompts. Shapes: B sequences, P prompt tokens (left-padded), R response tokens, V vocabulary, H hidden.
+"""
+
+import html
+import json
+import random
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+import common
+
+
+@dataclass
+class Args:
+    policies: tyro.conf.Positional[tuple[str, ...]] = ("sft=runs/sft", "dvpo=runs/dvpo")
+    """what to compare, each as NAME=PATH; the first is the baseline of the win rates"""
+
+    # Paths
+    reference_path: str = "runs/sft"
+    """policy that KL is measured to: local folder or hub id"""
+    gvm_path: str | None = "runs/gvm"
+    """global value model to examine: local folder or hub id; None for none"""
+    dataset: str = "toy"
+    """"toy", a hub name or a local file or folder, each as NAME or NAME:SPLIT; its held-out part is used"""
+    output_dir: str = "runs/eval"
+    """folder of results.json and report.html"""
+
+    # Sampling
+    seed: int = 1
+    """seed of the samples"""
+    num_prompts: int = 448
+    """held-out prompts to answer (448: all of the embedded task's)"""
+    samples_per_prompt: int = 2
+    """answers per prompt"""
+    micro_batch_size: int = 128
+    """sequences per forward (per rank); lower it when out of memory, results stay the same"""
+    max_prompt_length: int = 512
+    """tokens; longer prompts are dropped"""
+    response_length: int = 20
+    """tokens; longer answers are cut"""
+    temperature: float = 1.0
+    """of sampling and of log-probs"""
+
+    # Machine
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of weights and compute; auto: bfloat16 on GPU, float32 on CPU"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------------------
+# Copied from train_dvpo.FusedLogprobs
+class FusedLogprobs(torch.autograd.Function):
+    """Linear + log-softmax + gather over chunks of tokens; the logits of a chunk are recomputed in backward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, temperature, chunk_size):
+        outputs = []
+        for h, y in zip(hidden.split(chunk_size), labels.split(chunk_size)):
+            logits = project(h, weight).div_(temperature)  # (chunk, V)
+            chosen = logits.gather(1, y[:, None])[:, 0]
+            lse = logits.logsumexp(1)  # (chunk,)
+            entropy = lse - torch.softmax(logits, 1).mul_(logits).sum(1)
+            outputs.append(torch.stack([chosen - lse, lse, entropy]))
+        logprobs, lse, entropy = torch.cat(outputs, 1).unbind() if outputs else hidden.new_zeros(3, 0).unbind()
+        ctx.save_for_backward(hidden, weight, labels, lse, entropy)
+        ctx.temperature, ctx.chunk_size = temperature, chunk_size
+        ctx.set_materialize_grads(False)
+        return logprobs.clone(), entropy.clone()
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_entropy):
+        hidden, weight, labels, lse, entropy = ctx.saved_tensors
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=lse.dtype) if need_weight else None  # fp32 accumulator
+        for start in range(0, len(hidden), ctx.chunk_size):
+            chunk = slice(start, start + ctx.chunk_size)
+            logprobs = project(hidden[chunk], weight).div_(ctx.temperature).sub_(lse[chunk, None])  # (chunk, V)
+            probs = logprobs.exp() if grad_entropy is not None else logprobs.exp_()
+            grad = torch.zeros_like(lse[chunk]) if grad_logprobs is None else grad_logprobs[chunk]
+            if grad_entropy is not None:  # dH/dlogits = -p (log p + H)
+                grad_logits = probs * (-grad[:, None] - grad_entropy[chunk, None] * (logprobs + entropy[chunk, None]))
+            else:  # dlogp_y/dlogits = onehot(y) - p
+                grad_logits = probs.mul_(-grad[:, None])
+            grad_logits.scatter_add_(1, labels[chunk, None], grad[:, None])
+            grad_logits = grad_logits.div_(ctx.temperature).to(weight.dtype)
+            if need_hidden:
+                grad_hidden[chunk] = grad_logits @ weight
+            if need_weight:
+                grad_weight += project(grad_logits.T, hidden[chunk].T)
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+
+
+# Copied from train_dvpo.project
+def project(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`x @ weight.T`, accumulated and returned in at least fp32: rounding logits to bf16 would move PPO's ratios."""
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.to(dtype) @ weight.to(dtype).T
+
+
+# Copied from train_dvpo.fused_logprobs
+def fused_logprobs(hidden, weight, labels, temperature: float = 1.0, chunk_size: int = 256):
+    """`log softmax(hidden @ weight.T / temperature)` at `labels`, and the entropy, never holding `(N, V)` logits.
+
+    `hidden (N, H)`, `weight (V, H)`, `labels (N,)`; returns `(logprobs, entropy)`, `(N,)` each in at least fp32, both
+    differentiable in `hidden` and `weight`. Extra memory: a few times `chunk_size` x V floats.
+    """
+    return FusedLogprobs.apply(hidden, weight, labels, temperature, chunk_size)
+
+
+# Copied from train_dvpo.token_logprobs
+def token_logprobs(model, input_ids, attention_mask, response_mask, temperature):
+    """log pi(a_t | s_t) of every response token, and the policy's entropy there.
+
+    `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`; returns two `(B, R)` in fp32, zero outside the mask.
+    Old, new and reference log-probs all come through here, so the first ratio of an update is exactly 1.
+    """
+    R = response_mask.shape[1]
+    hidden = model.base_model(
+        input_ids, attention_mask=attention_mask, position_ids=common.position_ids(attention_mask), use_cache=False
+    ).last_hidden_state[:, -R - 1 : -1]  # (B, R, H), the state *before* each response token: the one shift
+    weight = model.get_output_embeddings().weight
+    labels = input_ids[:, -R:][response_mask]  # (N,)
+    logprobs, entropy = fused_logprobs(hidden[response_mask], weight, labels, temperature)
+    zeros = torch.zeros_like(response_mask, dtype=logprobs.dtype)
+    return zeros.masked_scatter(response_mask, logprobs), zeros.masked_scatter(response_mask, entropy.detach())
+
+
+# Copied from train_dvpo.shard
+def shard(model, mesh, dtype: torch.dtype):
+    """FSDP2: every decoder layer is a unit, the rest another; computes in `dtype`, reduces gradients in fp32."""
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in common.decoder_layers(model):
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    return fully_shard(model, mesh=mesh, mp_policy=precision)
+
+
+# Copied from train_dvpo.add_token_logprobs
+def add_token_logprobs(model):
+    """Make `token_logprobs` a method that FSDP treats like `forward`: the head's weight is whole inside it."""
+    model.token_logprobs = types.MethodType(token_logprobs, model)
+    register_fsdp_forward_method(model, "token_logprobs")
+    return model
+
+
+# Copied from train_dvpo.generate
+@torch.no_grad()  # not inference_mode: the next training step would raise
+def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, temperature: float):
+    """Sample answers from a sharded policy without any communication per token.
+
+    `prompt_ids`, `prompt_mask (B, P)` left-padded; `uniforms (B, R)` in [0, 1), one per token to sample, so what a
+    prompt is answered does not depend on the number of ranks; `end_ids (E,)` end an answer. Returns `response_ids` and
+    `response_mask (B, R)`, the ending token inside the mask, `pad_id` after it.
+    """
+    B, R = uniforms.shape
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:  # gather the weights once, not once per token
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    was_training = model.training
+    model.eval()  # gradient checkpointing would silently drop the cache in train mode
+    try:
+        response_ids = prompt_ids.new_full((B, R), pad_id)
+        response_mask = torch.zeros_like(response_ids, dtype=torch.bool)
+        attention_mask = torch.cat([prompt_mask, torch.ones_like(response_mask)], 1)  # (B, P + R)
+        positions = common.position_ids(attention_mask)
+        tokens, cache, running = prompt_ids, None, torch.ones_like(response_mask[:, 0])
+        P = prompt_ids.shape[1]
+        for t in range(R):
+            seen = slice(0 if t == 0 else P + t - 1, P + t)
+            outputs = model(tokens, attention_mask=attention_mask[:, : P + t], position_ids=positions[:, seen],
+                            past_key_values=cache, use_cache=True, logits_to_keep=1)  # fmt: skip
+            cumulative = torch.softmax(outputs.logits[:, -1].float() / temperature, 1).cumsum(1)  # (B, V)
+            threshold = uniforms[:, t, None] * cumulative[:, -1:]
+            sampled = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=cumulative.shape[1] - 1)
+            response_ids[:, t] = torch.where(running, sampled, pad_id)
+            response_mask[:, t] = running
+            running = running & ~torch.isin(sampled, end_ids)
+            if not running.any():
+                break
+            tokens, cache = response_ids[:, t : t + 1], outputs.past_key_values
+    finally:
+        model.train(was_training)
+        for unit in units:  # left gathered across an optimizer step, the next forward would use stale weights
+            unit.reshard()
+            unit.set_reshard_after_forward(True, recurse=False)
+    return response_ids, response_mask
+
+
+# Copied from train_gvm.token_values
+def token_values(gvm, input_ids, attention_mask, response_mask) -> torch.Tensor:
+    """Values `(B, R + 1)` in fp32: column 0 after the last prompt token, column t after response token t.
+
+    `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`.
+    """
+    R = response_mask.shape[1]
+    logits = gvm(
+        input_ids, attention_mask=attention_mask, position_ids=common.position_ids(attention_mask), use_cache=False
+    ).logits  # (B, P + R, 1)
+    return logits[:, -R - 1 :, 0].float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Held-out answers of a dataset, behind their context
+# ---------------------------------------------------------------------------------------------------------------------
+# Copied from train_gvm.Answer
+@dataclass
+class Answer:
+    prompt_ids: list[int]
+    response_ids: list[int]
+    label: float  # what the answer is worth
+    policy: str | None  # who wrote it
+
+
+# Copied from train_gvm.tokenize
+def tokenize(
+    tokenizer, examples: list[common.Example], label_source: str, max_prompt_length: int, response_length: int
+):
+    """Answers in dataset order, and how many of them belong together: 2 (chosen, rejected, chosen, ...) or 1."""
+    examples, prompts = common.fit_prompts(tokenizer, examples, max_prompt_length)
+    sides = ("chosen", "rejected") if examples and examples[0].rejected is not None else ("chosen",)
+    texts = [getattr(e, side) for e in examples for side in sides]
+    responses = iter(common.tokenize_answers(tokenizer, texts, response_length))
+    answers = []
+    for example, prompt_ids in zip(examples, prompts):
+        for side in sides:
+            label = 1.0 if side == "chosen" else -1.0
+            if label_source == "score":
+                label = getattr(example, f"score_{side}")
+            answers.append(Answer(prompt_ids, next(responses), label, getattr(example, f"{side}_policy")))
+    return answers, len(sides)
+
+
+# Copied from train_gvm.make_batch
+def make_batch(config, answers: list[Answer], pools: dict, key: str, pad_id: int, device) -> dict[str, torch.Tensor]:
+    """`input_ids attention_mask response_mask` of answers, each behind the prompt and, in front of that, as many
+    trajectories of its policy as the GVM's `config` says, drawn anew for every `key` from `pools[policy]`."""
+    prompts = [answer.prompt_ids for answer in answers]
+    if config.num_context_trajectories:
+        for i, answer in enumerate(answers):
+            rng = random.Random(f"{key}/{answer.prompt_ids}/{answer.response_ids}")
+            drawn = common.draw_trajectories(
+                rng, pools[answer.policy], answer.prompt_ids, config.num_context_trajectories
+            )
+            prompts[i] = common.condition(answer.prompt_ids, drawn, config.context_trajectory_length)
+    return common.pad_batch(prompts, [answer.response_ids for answer in answers], pad_id, device)
+
+
+# Copied from train_gvm.policy_pools
+def policy_pools(answers: list[Answer]) -> dict[str, list[common.Trajectory]]:
+    """Every policy's trajectories."""
+    pools: dict[str, list[common.Trajectory]] = {}
+    for answer in answers:
+        pools.setdefault(answer.policy, []).append((answer.prompt_ids, answer.response_ids))
+    return pools
+
+
+# Copied from train_gvm.heldout_statistics
+@torch.no_grad()
+def heldout_statistics(
+    gvm, answers: list[Answer], pad_id: int, micro_batch_size: int, device
+) -> dict[str, torch.Tensor]:
+    """`common.token_statistics` of held-out answers, each `(len(answers),)`; the work is shared among ranks."""
+    rank, world_size, pools = dist.get_rank(), dist.get_world_size(), policy_pools(answers)
+    share = -(-len(answers) // world_size)  # ranks must run equally many forward passes: the last repeats some rows
+    mine = [answers[i % len(answers)] for i in range(rank * share, (rank + 1) * share)]
+    parts = []
+    for i in range(0, share, micro_batch_size):
+        batch = make_batch(gvm.config, mine[i : i + micro_batch_size], pools, "heldout", pad_id, device)
+        statistics = common.token_statistics(token_values(gvm, **batch), batch["response_mask"])
+        parts.append(torch.stack(list(statistics.values()), 1))
+    table = common.all_gather(torch.cat(parts))[: len(answers)].cpu()  # (answers, statistics)
+    return dict(zip(statistics, table.unbind(1)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
+# ---------------------------------------------------------------------------------------------------------------------
+def interval(x: torch.Tensor, resamples: int = 2_000) -> dict[str, float]:
+    """Mean of `x (prompts, samples)` and its 95 % bootstrap interval over prompts."""
+    means = x.double().mean(1)  # (prompts,)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(means), (resamples, len(means)), generator=generator)
+    low, high = means[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return {"mean": means.mean().item(), "low": low, "high": high}
+
+
+@torch.no_grad()
+def sample(policy, reference, gvm, prompts: list[list[int]], end_ids, pad_id: int, device, args: Args) -> dict:
+    """One answer to each of `prompts`: `response_ids`, `response_mask (B, R)`, and `kl`, `ended`, `scores (B,)`.
+
+    `scores` is the GVM's value of the finished answer, conditioned on this policy's own other answers where the GVM was
+    trained so; absent without a GVM. Ranks share the work.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    uniforms = torch.rand(len(prompts), args.response_length, generator=torch.Generator().manual_seed(args.seed))
+    share = -(-len(prompts) // world_size)  # ranks must run equally many forward passes: the last repeats some rows
+    mine = torch.arange(rank * share, (rank + 1) * share) % len(prompts)
+    parts = []
+    for rows in mine.split(args.micro_batch_size):
+        prompt_ids, prompt_mask = common.pad([prompts[i] for i in rows], pad_id, "left")
+        prompt_ids, prompt_mask = prompt_ids.to(device), prompt_mask.to(device)
+        response_ids, response_mask = generate(
+            policy, prompt_ids, prompt_mask, uniforms[rows].to(device), end_ids, pad_id, args.temperature
+        )
+        batch = (torch.cat([prompt_ids, response_ids], 1), torch.cat([prompt_mask, response_mask], 1), response_mask)
+        logprobs, _ = policy.token_logprobs(*batch, args.temperature)  # (rows, R)
+        ref_logprobs, _ = reference.token_logprobs(*batch, args.temperature)
+        kl = (logprobs - ref_logprobs).sum(1)  # (rows,)
+        ended = torch.isin(response_ids.gather(1, response_mask.sum(1, keepdim=True) - 1)[:, 0], end_ids)
+        parts.append((response_ids, response_mask, kl, ended))
+    names = ("response_ids", "response_mask", "kl", "ended")
+    answers = {n: common.all_gather(torch.cat(p))[: len(prompts)].cpu() for n, p in zip(names, zip(*parts))}
+    if gvm is not None:
+        rows = zip(prompts, answers["response_ids"], answers["response_mask"])
+        judged = [Answer(prompt, ids[mask].tolist(), 0.0, "policy") for prompt, ids, mask in rows]
+        answers["scores"] = heldout_statistics(gvm, judged, pad_id, args.micro_batch_size, device)["last"]
+    return answers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report
+# ---------------------------------------------------------------------------------------------------------------------
+def policy_table(policies: dict) -> list[list[str]]:
+    """Header and one row of texts per policy."""
+    show = lambda x: f"{x['mean']:.3f} [{x['low']:.3f}, {x['high']:.3f}]" if isinstance(x, dict) else f"{x:.3f}"
+    columns = [c for c in ("gold", "gvm_score", "kl", "response_length", "eos_rate", "win_rate")
+               if any(c in row for row in policies.values())]  # fmt: skip
+    rows = [[name, *(show(row[c]) if c in row else "-" for c in columns)] for name, row in policies.items()]
+    return [["policy", *columns], *rows]
+
+
+def write_html(path: Path, results: dict, samples: list[list[str]]) -> None:
+    """A self-contained page: no script, no request, and every text of a model or dataset escaped."""
+
+    def table(rows):
+        cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+        return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
+
+    body = ["<h1>Evaluation</h1><h2>Policies</h2>", table(policy_table(results["policies"]))]
+    body += ["<p>95 % bootstrap intervals over prompts; win rate against the first policy, ties half.</p>"]
+    if "gvm" in results:
+        body += ["<h2>Global value model</h2><pre>", html.escape(common.value_tables(results["gvm"])), "</pre>"]
+    body += ["<h2>Samples</h2>", table(samples)]
+    path.write_text(
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Evaluation</title>'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        "<style>body{font:15px/1.5 sans-serif;margin:2em auto;max-width:75em}td{padding:.2em .8em;vertical-align:top}"
+        "tr:first-child{font-weight:bold}tr:nth-child(even){background:#f4f4f4}</style></head><body>"
+        f"{''.join(body)}</body></html>\n"
+    )
+
+
+def main(args: Args) -> None:
+    # -----------------------------------------------------------------------------------------------------------------
+    # 1 Processes
+    # -----------------------------------------------------------------------------------------------------------------
+    device = common.init_processes()
+    dtype = common.compute_dtype(args.dtype, device)
+    common.check_positive(
+        args, "num_prompts", "samples_per_prompt", "micro_batch_size", "response_length", "temperature"
+    )
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for policy in args.policies:
+        common.check("=" in policy, f"{policy!r}: expected NAME=PATH, as in dvpo=runs/dvpo")
+    paths = dict(policy.split("=", 1) for policy in args.policies)
+    common.check(len(paths) == len(args.policies), "two policies have the same name")
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # 2 Data: held-out prompts, each several times
+    # -----------------------------------------------------------------------------------------------------------------
+    tokenizer = common.load_tokenizer(args.reference_path)
+    needs = "pairs" if args.gvm_path else "prompts"
+    _, heldout = common.load_examples(args.dataset, needs)
+    common.check(heldout, f"--dataset {args.dataset}: too few prompts, none is held out")
+    unique = list({str(example.prompt): example for example in heldout}.values())
+    _, prompts = common.fit_prompts(tokenizer, unique[: args.num_prompts], args.max_prompt_length)
+    repeated = [prompt for prompt in prompts for _ in range(args.samples_per_prompt)]
+    common.log(f"{len(prompts)} held-out prompts x {args.samples_per_prompt} answers")
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # 3 Models that judge
+    # -----------------------------------------------------------------------------------------------------------------
+    def frozen(model):
+        return shard(model.eval().requires_grad_(False), mesh, dtype)
+
+    reference = add_token_logprobs(frozen(common.load_policy(args.reference_path, tokenizer, dtype)))
+    gvm, results = None, {"policies": {}}
+    if args.gvm_path:
+        common.check_same_tokenizer(args.reference_path, tokenizer, args.gvm_path, common.load_tokenizer(args.gvm_path))
+        gvm = common.load_value_model(args.gvm_path, tokenizer, dtype, fresh_head=False)
+        gvm.config.num_context_trajectories = getattr(gvm.config, "num_context_trajectories", 0)
+        gvm = frozen(gvm)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # 4 Policies
+    # -----------------------------------------------------------------------------------------------------------------
+    by_prompt = lambda x: x.double().view(len(prompts), args.samples_per_prompt)
+    texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in repeated]
+    baseline, samples = (
+        None,
+        [["prompt", *paths]] + [[texts[i * args.samples_per_prompt]] for i in range(min(10, len(prompts)))],
+    )
+    for name, path in paths.items():
+        policy_tokenizer = common.load_tokenizer(path)
+        common.check_same_tokenizer(args.reference_path, tokenizer, path, policy_tokenizer)
+        policy = add_token_logprobs(frozen(common.load_policy(path, tokenizer, dtype)))
+        end_ids = torch.tensor([common.end_of_turn_id(policy_tokenizer), tokenizer.eos_token_id], device=device)
+        answers = sample(policy, reference, gvm, repeated, end_ids, tokenizer.pad_token_id, device, args)
+        responses = [
+            tokenizer.decode(ids[mask], skip_special_tokens=True)
+            for ids, mask in zip(answers["response_ids"], answers["response_mask"])
+        ]
+        row = results["policies"][name] = {"path": path}
+        judge = None
+        if gvm is not None:
+            judge = by_prompt(answers["scores"])
+            row["gvm_score"] = interval(judge)
+        if args.dataset == "toy":
+            judge = by_prompt(torch.tensor([common.toy_gold(p, r) for p, r in zip(texts, responses)]))
+            row["gold"] = interval(judge)
+        row["kl"] = answers["kl"].mean().item()
+        row["response_length"] = answers["response_mask"].sum(1).double().mean().item()
+        row["eos_rate"] = answers["ended"].double().mean().item()
+        if judge is not None:
+            baseline = judge if baseline is None else baseline
+            wins = (judge > baseline).double() + 0.5 * (judge == baseline).double()
+            row["win_rate"] = interval(wins)
+        for i, sampled in enumerate(samples[1:]):
+            sampled.append(responses[i * args.samples_per_prompt])
+        common.log(f"{name}: done")
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # 5 GVM
+    # -----------------------------------------------------------------------------------------------------------------
+    if gvm is not None:
+        judged, _ = tokenize(tokenizer, heldout, "preference", args.max_prompt_length, args.response_length)
+        statistics = heldout_statistics(gvm, judged, tokenizer.pad_token_id, args.micro_batch_size, device)
+        labels = torch.tensor([answer.label for answer in judged])
+        pairs = torch.arange(len(judged)).view(-1, 2)
+        results["gvm"] = {"path": args.gvm_path, **common.value_report(statistics, labels, pairs)}
+        if args.dataset == "toy":  # the same against the exact score, and how well that itself predicts the preferences
+            sides = [(e.prompt[-1]["content"], answer) for e in heldout for answer in (e.chosen, e.rejected)]
+            gold = torch.tensor([common.toy_gold(*side) for side in sides]).double()
+            against_gold = common.value_report(statistics, gold, pairs)["by_fraction"]
+            for fraction, row in results["gvm"]["by_fraction"].items():
+                row["gold_correlation"] = against_gold[fraction]["correlation"]
+            results["gvm"]["gold_pair_accuracy"] = common.value_report({**statistics, "last": gold}, gold, pairs)[
+                "pair_accuracy"
+            ]["last"]
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # 6 Report
+    # -----------------------------------------------------------------------------------------------------------------
+    if dist.get_rank() == 0:
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        write_html(folder / "report.html", results, samples)
+    table = policy_table(results["policies"])
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    common.log("\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table))
+    if gvm is not None:
+        common.log(f"\n{args.gvm_path} on held-out pairs:\n{common.value_tables(results['gvm'])}")
+        if "gold_pair_accuracy" in results["gvm"]:
+            common.log(f"pair accuracy of the gold score itself: {results['gvm']['gold_pair_accuracy']:.3f}")
+    common.log(f"wrote {args.output_dir}/results.json and {args.output_dir}/report.html")
+    common.end_processes()
+
+
+if __name__ == "__main__":
+    with common.one_line_errors():
+        main(tyro.cli(Args))
