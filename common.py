@@ -1,8 +1,8 @@
 """What the scripts share and no ablation changes: errors, processes, return-to-go, data, models, output folders.
 
 Nothing happens at import. Shapes: B sequences, P prompt tokens, R response tokens, T = P + R. Prompts are padded on the
-left and responses on the right, so column P - 1 is the last prompt token of every row and `[:, P - 1:]` of a value model's
-output is `values (B, R + 1)`: column 0 is V(s_1), column t is Q(s_t, a_t), which is V(s_{t+1}).
+left and responses on the right, so column P - 1 is the last prompt token of every row, and `[:, P - 1:]` of a value
+model's output is `values (B, R + 1)`: column 0 is V(s_1), column t is Q(s_t, a_t), which is V(s_{t+1}).
 """
 
 import contextlib
@@ -35,9 +35,7 @@ from transformers import (
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Errors and processes
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Errors and processes --------------------------------------------------------------------------------------------
 class UserError(Exception):
     """A mistake the user can mend; its message names the thing and the way out."""
 
@@ -117,6 +115,11 @@ def check_positive(args, *names: str) -> None:
         check(value > 0, f"--{name.replace('_', '-')} {value} must be above 0")
 
 
+def check_divides(divisor: int, name: str, value: int) -> None:
+    """Raise `UserError` unless `value` is a positive multiple of `divisor`."""
+    check(divisor > 0 and value >= divisor and value % divisor == 0, f"{name} {value} must be a multiple of {divisor}")
+
+
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 on a GPU and float32 on a CPU."""
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
@@ -124,9 +127,7 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Return-to-go
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Return-to-go ----------------------------------------------------------------------------------------------------
 def discounted_sums(x: torch.Tensor, decay: float) -> torch.Tensor:
     """`S_t = sum over u >= t of decay^(u - t) x_u`, for `x (B, N)`; returns `(B, N)`.
 
@@ -139,7 +140,7 @@ def discounted_sums(x: torch.Tensor, decay: float) -> torch.Tensor:
 
 
 def td_lambda_returns(values, rewards, mask, gamma: float, lam: float) -> torch.Tensor:
-    """TD(lambda) targets of a token-level value model, Eq. 5 of arXiv:2502.16944v2 at `lam` = 0.
+    """TD(lambda) targets of a token-level value model; at `lam` = 0 the paper's, arXiv:2502.16944v2.
 
     `values (B, R + 1)`, `rewards (B, R)` with r_t on its token, `mask (B, R)` True on response tokens; returns
     `(B, R + 1)`, zero after the last token. `lam` = 0 is one-step TD, 1 is Monte Carlo. With T the last token:
@@ -155,8 +156,8 @@ def td_lambda_returns(values, rewards, mask, gamma: float, lam: float) -> torch.
 def gae(values, rewards, mask, gamma: float, lam: float) -> torch.Tensor:
     """Generalised advantage estimates, arXiv:1506.02438, for `values (B, R + 1)`, `rewards (B, R)`, `mask (B, R)`.
 
-    `delta_t = r_t + gamma values_t - values_{t-1}` for every token, the last included: what stands in the column of the
-    last token is its bootstrap. A caller with a true terminal reward zeroes that column. Returns `(B, R)`, zero outside.
+    `delta_t = r_t + gamma values_t - values_{t-1}` for every token, the last included, whose own column is its
+    bootstrap: a caller with a true terminal reward zeroes it. Returns `(B, R)`, zero outside the mask.
     """
     deltas = (rewards + gamma * values[:, 1:] - values[:, :-1]).masked_fill(~mask, 0.0)
     return discounted_sums(deltas, gamma * lam).masked_fill(~mask, 0.0)
@@ -177,9 +178,7 @@ def masked_whiten(x: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) 
     return ((x - mean) / (std + 1e-8) + (0.0 if shift_mean else mean)).masked_fill(~mask, 0.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# How good is a value model?
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- How good is a value model? --------------------------------------------------------------------------------------
 PERCENTILES = (1, 5, 10, 90, 95, 99)
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -256,9 +255,7 @@ def value_tables(report: dict) -> str:
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The embedded task: list so many things of a kind, without the ones excluded, and stop
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The embedded task: list so many things of a kind, without the ones excluded, and stop ---------------------------
 TOY_CATEGORIES = {
     "animals": "dog cat horse cow sheep goat lion tiger bear wolf".split(),
     "fruits": "apple pear plum peach cherry grape lemon mango melon fig".split(),
@@ -270,7 +267,7 @@ TOY_CATEGORIES = {
     "cities": "paris london rome berlin madrid tokyo cairo delhi oslo lima".split(),
 }
 TOY_NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
-# Fault rates of the behaviour policies: an item of another kind, a repetition, an excluded item, a wrong number of items.
+# Fault rates of the behaviour policies: item of another kind, repetition, excluded item, wrong number of items.
 TOY_POLICIES = {
     "expert": (0.01, 0.01, 0.02, 0.04),
     "careful": (0.02, 0.03, 0.06, 0.12),
@@ -394,12 +391,10 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Datasets
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Datasets --------------------------------------------------------------------------------------------------------
 @dataclass
 class Example:
-    """One row of any dataset: a preference pair, a scored answer (`rejected` is None) or a prompt (`chosen` is None)."""
+    """A row of any dataset: a preference pair, an answer (`rejected` is None) or a prompt (`chosen` is None)."""
 
     prompt: list[dict]  # chat messages, the last one not by the assistant
     chosen: str | None = None
@@ -416,190 +411,126 @@ class Drop(Exception):
 
 def to_messages(value) -> list[dict]:
     """A string, or a list of chat messages, as chat messages with string contents."""
-    if isinstance(value, str):
-        value = [{"role": "user", "content": value}]
+    value = [{"role": "user", "content": value}] if isinstance(value, str) else value
     if not isinstance(value, list) or not value:
-        raise Drop("no messages")
+        raise Drop("no prompt: neither a column 'prompt' nor a conversation or transcript")
     for message in value:
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise Drop("a message without role and content")
-        if not isinstance(message["content"], str) or not isinstance(message["role"], str):
-            raise Drop("a message whose content is no text")
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise Drop("a message without a role and a content that are texts")
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
-def split_answer(prompt, answer) -> tuple[list[dict] | None, str]:
-    """(prompt messages or None, answer text) of an answer given as text, as its message, or as a whole conversation."""
+def split_answer(prompt, answer) -> tuple[list[dict], str]:
+    """Prompt messages and answer text, of an answer given as text, as its message, or as a whole conversation."""
+    if isinstance(answer, str) and prompt is None:  # HH-RLHF: a transcript, cut at the last "\n\nAssistant:"
+        parts = re.split(r"\n\n(Human|Assistant):", answer)
+        roles = {"Human": "user", "Assistant": "assistant"}
+        answer = [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2])]
     if isinstance(answer, str):
-        return (None if prompt is None else to_messages(prompt)), answer
+        return to_messages(prompt), answer
     messages = to_messages(answer)
     if messages[-1]["role"] != "assistant":
         raise Drop("the last message is not the assistant's")
     # A conversation carries its own prompt, which wins: UltraFeedback's `prompt` column is its first turn as a string.
-    before = messages[:-1] or (None if prompt is None else to_messages(prompt))
-    return before, messages[-1]["content"]
-
-
-def split_hh(text: str) -> tuple[list[dict], str]:
-    """Prompt messages and answer of an HH-RLHF transcript, cut at the last "\\n\\nAssistant:"."""
-    parts = re.split(r"\n\n(Human|Assistant):", text)
-    turns = [(role, content.strip()) for role, content in zip(parts[1::2], parts[2::2])]
-    if not turns or turns[-1][0] != "Assistant":
-        raise Drop("the transcript does not end with the assistant")
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[role], "content": content} for role, content in turns[:-1]], turns[-1][1]
+    return messages[:-1] or to_messages(prompt), messages[-1]["content"]
 
 
 def to_score(value) -> float | None:
-    """A finite number (ratings often come as strings), or None where there is none."""
+    """A finite number (ratings often come as strings), or None."""
     try:
-        return None if value is None or not math.isfinite(float(value)) else float(value)
+        return float(value) if math.isfinite(float(value)) else None
     except (TypeError, ValueError):
         return None
 
 
 def from_pair(row: dict) -> list[Example]:
-    prompt = row.get("prompt")
-    if prompt is None and isinstance(row["chosen"], str):
-        (before, chosen), (before_rejected, rejected) = split_hh(row["chosen"]), split_hh(row["rejected"])
-    else:
-        before, chosen = split_answer(prompt, row["chosen"])
-        before_rejected, rejected = split_answer(prompt, row["rejected"])
-    if not before:
-        raise Drop("no prompt")
-    if before != before_rejected:
+    prompt, chosen = split_answer(row.get("prompt"), row["chosen"])
+    other_prompt, rejected = split_answer(row.get("prompt"), row["rejected"])
+    if prompt != other_prompt:
         raise Drop("chosen and rejected answer different prompts")
     scores = to_score(row.get("score_chosen")), to_score(row.get("score_rejected"))
-    return [Example(before, chosen, rejected, *scores, row.get("chosen_policy"), row.get("rejected_policy"))]
+    return [Example(prompt, chosen, rejected, *scores, row.get("chosen_policy"), row.get("rejected_policy"))]
 
 
-def from_released_pair(row: dict) -> list[Example]:
-    return [Example(to_messages(row["question"]), row["response_j"], row["response_k"])]
-
-
-def from_scored(prompt: str, answer: str, score: str):
-    def adapter(row: dict) -> list[Example]:
-        before, text = split_answer(row[prompt], row[answer])
-        value = to_score(row[score])
-        if value is None:
-            raise Drop("no score")
-        return [Example(before, text, score_chosen=value, chosen_policy=row.get("policy") or row.get("model"))]
-
-    return adapter
-
-
-def from_completions(row: dict) -> list[Example]:
+def from_rated(row: dict) -> list[Example]:
     """openbmb/UltraFeedback: the best completion against each worse one."""
-    rated = []
-    for completion in row["completions"]:
-        score = to_score(completion.get("overall_score"))
-        if score is not None and isinstance(completion.get("response"), str):
-            rated.append((score, completion["response"], completion.get("model")))
-    rated.sort(key=lambda completion: -completion[0])
+    rated = [(to_score(c["overall_score"]), c["response"], c.get("model")) for c in row["completions"]]
+    rated = sorted((c for c in rated if c[0] is not None), key=lambda c: -c[0])
+    prompt = to_messages(row["prompt"])
     pairs = [(rated[0], worse) for worse in rated[1:] if worse[0] < rated[0][0]]
     if not pairs:
         raise Drop("fewer than two completions of different score")
-    prompt = to_messages(row["instruction"])
     return [Example(prompt, good[1], bad[1], good[0], bad[0], good[2], bad[2]) for good, bad in pairs]
 
 
-def from_many(row: dict) -> list[Example]:
-    """reward-bench-2: every chosen answer against every rejected one."""
-    return [Example(to_messages(row["prompt"]), good, bad) for good in row["chosen"] for bad in row["rejected"]]
+def from_answer(row: dict) -> list[Example]:
+    prompt, answer = split_answer(row.get("prompt"), row["response"])
+    return [Example(prompt, answer, score_chosen=to_score(row.get("score")), chosen_policy=row.get("policy"))]
 
 
-def from_conversation(row: dict) -> list[Example]:
-    before, answer = split_answer(None, row["messages"])
-    if not before:
-        raise Drop("no prompt")
-    return [Example(before, answer)]
-
-
-def from_completion(answer: str):
-    def adapter(row: dict) -> list[Example]:
-        return [Example(*split_answer(row["prompt"], row[answer]))]
-
-    return adapter
-
-
-def from_prompt(column: str):
-    return lambda row: [Example(to_messages(row[column]))]
-
-
-def is_many(row: dict) -> bool:
-    return isinstance(row["chosen"], list) and all(isinstance(answer, str) for answer in row["chosen"])
-
-
-# (name, columns it needs, adapter), the first whose columns are there.
+# Other names of the columns below: DVPO's released code, openbmb/UltraFeedback, TRL.
+ALIASES = {
+    "question": "prompt", "instruction": "prompt", "value_question": "prompt", "response_j": "chosen",
+    "response_k": "rejected", "value_response": "response", "completion": "response", "messages": "response",
+    "rewards": "score", "reward": "score", "model": "policy",
+}  # fmt: skip
+# Name, columns it needs, adapter; the first whose columns are there.
 FORMATS = [
     ("preference pairs", ("chosen", "rejected"), from_pair),
-    ("preference pairs of the released code", ("question", "response_j", "response_k"), from_released_pair),
-    ("openbmb/UltraFeedback", ("instruction", "completions"), from_completions),
-    ("scored answers of the released code", ("value_question", "value_response", "rewards"),
-     from_scored("value_question", "value_response", "rewards")),
-    ("scored answers", ("prompt", "response", "score"), from_scored("prompt", "response", "score")),
-    ("scored answers", ("prompt", "response", "reward"), from_scored("prompt", "response", "reward")),
-    ("scored answers", ("prompt", "completion", "score"), from_scored("prompt", "completion", "score")),
-    ("conversations", ("messages",), from_conversation),
-    ("demonstrations", ("prompt", "completion"), from_completion("completion")),
-    ("demonstrations", ("prompt", "response"), from_completion("response")),
-    ("prompts", ("prompt",), from_prompt("prompt")),
-    ("prompts", ("question",), from_prompt("question")),
-    ("prompts", ("instruction",), from_prompt("instruction")),
-]  # fmt: skip
+    ("rated completions", ("prompt", "completions"), from_rated),
+    ("answers", ("response",), from_answer),
+    ("prompts", ("prompt",), lambda row: [Example(to_messages(row["prompt"]))]),
+]
 
 
 def read_rows(dataset: str, splits: tuple[str, ...]):
-    """The rows (dicts) of `NAME[:SPLIT]`: a hub dataset, or a local .jsonl, .json, .parquet (.gz) file or folder."""
+    """The rows (dicts) of `NAME[:SPLIT]`: a hub dataset, a local .jsonl, .json (.gz) or .parquet file or folder."""
     path, _, split = dataset.partition(":")
     file = Path(path).expanduser()
-    looks_local = path.startswith((".", "/", "~")) or file.suffix in (".jsonl", ".json", ".parquet", ".gz")
-    check(file.exists() or not looks_local, f"--dataset {path}: no such file or folder")
     name = file.name.removesuffix(".gz")
+    looks_local = path.startswith((".", "/", "~")) or name.endswith((".jsonl", ".json", ".parquet"))
+    check(file.exists() or not looks_local, f"--dataset {path}: no such file or folder")
     if file.is_file() and name.endswith((".jsonl", ".json")):
         return read_json(file, lines=name.endswith(".jsonl"))
+    check(not file.is_file() or name.endswith(".parquet"), f"--dataset {path}: expected .jsonl, .json or .parquet")
     import datasets  # takes a second to import and the embedded task needs none of it
 
+    datasets.disable_progress_bars()
     try:
         if file.is_file():
-            check(name.endswith(".parquet"), f"--dataset {path}: expected .jsonl, .json or .parquet, also with .gz")
             data = datasets.load_dataset("parquet", data_files=str(file), split="train")
         elif (file / "dataset_dict.json").exists() or (file / "state.json").exists():
             data = datasets.load_from_disk(str(file))
         else:
             data = datasets.load_dataset(path)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"--dataset {path}: neither a local file or folder nor readable from the hub ({error})"
-        ) from error
+    except Exception as error:  # datasets, pyarrow and huggingface_hub raise a dozen kinds
+        raise UserError(f"--dataset {path}: neither readable here nor on the hub ({error})") from error
     if isinstance(data, datasets.DatasetDict):
-        wanted = [split] if split else [s for s in splits if s in data] or list(data)[:1]
-        check(wanted[0] in data, f"--dataset {dataset}: no split {split!r}; there are {', '.join(data)}")
-        log(f"dataset {path}: split {wanted[0]!r} of {', '.join(data)}")
-        data = data[wanted[0]]
+        wanted = split or next((s for s in splits if s in data), next(iter(data)))
+        check(wanted in data, f"--dataset {dataset}: no split {wanted!r}; there are {', '.join(data)}")
+        log(f"dataset {path}: split {wanted!r} of {', '.join(data)}")
+        data = data[wanted]
     return data
 
 
 def read_json(file: Path, lines: bool) -> list[dict]:
     """The rows of a JSON-lines file or of a JSON list, gzipped or not; errors name the line."""
-    rows = []
-    with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as stream:
-        try:
+    number = 0
+    try:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as stream:
             if not lines:
                 rows = json.load(stream)
             else:
-                for number, line in enumerate(stream, 1):
+                rows = []
+                for line in stream:
+                    number += 1
                     if line.strip():
                         rows.append(json.loads(line))
-                        check(isinstance(rows[-1], dict), f"{file}, line {number}: a row must be a JSON object")
-        except json.JSONDecodeError as error:
-            number = number if lines else error.lineno
-            raise UserError(f"{file}, line {number}: malformed JSON ({error.msg})") from error
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: cannot be read ({error})") from error
-    check(isinstance(rows, list) and all(isinstance(row, dict) for row in rows), f"{file}: expected a list of objects")
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}, line {number or error.lineno}: malformed JSON ({error.msg})") from error
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read ({error})") from error
+    check(isinstance(rows, list) and all(isinstance(row, dict) for row in rows), f"{file}: rows must be JSON objects")
     return rows
 
 
@@ -611,66 +542,52 @@ def load_examples(dataset: str, needs: str, heldout_fraction: float = 0.05) -> t
     """
     if dataset == "toy":
         return toy_examples()
-    train_splits = {"answers": ("train_sft", "train"), "prompts": ("train_gen", "train_prefs", "train")}
-    rows = read_rows(dataset, train_splits.get(needs, ("train_prefs", "train")))
+    preferred = {"answers": ("train_sft", "train"), "prompts": ("train_gen", "train_prefs", "train")}
+    rows = read_rows(dataset, preferred.get(needs, ("train_prefs", "train")))
     check(len(rows) > 0, f"--dataset {dataset}: no rows")
-    columns = [key for key, value in rows[0].items() if value is not None]
-    found = next(((name, adapter) for name, wanted, adapter in FORMATS if set(wanted) <= set(columns)), None)
-    known = "; ".join(dict.fromkeys(" + ".join(wanted) for _, wanted, _ in FORMATS))
-    check(found, f"--dataset {dataset}: columns {', '.join(columns)} fit none of: {known}")
-    name, adapter = found
-    if "chosen" in columns and is_many(rows[0]):
-        name, adapter = "lists of chosen and rejected answers", from_many
-    if adapter is from_pair and "prompt" not in columns and isinstance(rows[0]["chosen"], str):
-        name = "HH-RLHF transcripts"
-        marked = "\n\nAssistant:" in rows[0]["chosen"]
-        check(marked, f"--dataset {dataset}: chosen and rejected are texts, but there is no column 'prompt'")
+    columns = [ALIASES.get(column, column) for column in rows[0]]
+    name, adapter = next(((name, adapter) for name, wanted, adapter in FORMATS if set(wanted) <= set(columns)), (0, 0))
+    known = "; ".join(" + ".join(wanted) for _, wanted, _ in FORMATS)
+    check(name, f"--dataset {dataset}: its columns ({', '.join(rows[0])}) fit none of: {known}; rename them")
     examples, dropped = [], Counter()
     for row in rows:
         try:
-            fresh = adapter(row)
+            fresh = adapter({ALIASES.get(column, column): value for column, value in row.items() if value is not None})
             for example in fresh:
                 check_example(example, needs)
             examples += fresh
         except Drop as reason:
             dropped[str(reason)] += 1
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             dropped[f"malformed row ({type(error).__name__}: {error})"] += 1
     log(f"dataset {dataset}: {name} ({', '.join(columns)}), {len(rows)} rows, {len(examples)} examples")
     for reason, count in dropped.most_common():
         log(f"  dropped {count}: {reason}")
     reasons = "; ".join(f"{count} x {reason}" for reason, count in dropped.most_common(3))
-    check(examples, f"--dataset {dataset}: no usable row for this stage ({reasons})")
-    train, heldout = [], []
-    for example in examples:
-        fraction = random.Random(example.prompt[-1]["content"]).random()
-        (heldout if fraction < heldout_fraction else train).append(example)
-    check(train, f"--dataset {dataset}: all {len(examples)} examples share held-out prompts; add prompts")
-    return train, heldout
+    check(examples, f"--dataset {dataset}: no row can be used here: {reasons}")
+    heldout = [random.Random(e.prompt[-1]["content"]).random() < heldout_fraction for e in examples]
+    check(not all(heldout), f"--dataset {dataset}: too few prompts, all of them are held out")
+    return [e for e, out in zip(examples, heldout) if not out], [e for e, out in zip(examples, heldout) if out]
 
 
 def check_example(example: Example, needs: str) -> None:
     """Raise `Drop` where an example lacks what the stage needs."""
-    answers = [example.chosen, example.rejected] if needs == "pairs" else [example.chosen]
-    if not any(message["content"].strip() for message in example.prompt):
+    answers = {"prompts": [], "pairs": [example.chosen, example.rejected]}.get(needs, [example.chosen])
+    if not example.prompt[-1]["content"].strip():
         raise Drop("empty prompt")
     if example.prompt[-1]["role"] == "assistant":
         raise Drop("the prompt ends with the assistant")
-    if needs == "prompts":
-        return
-    if any(answer is None for answer in answers):
-        raise Drop("no rejected answer" if example.chosen is not None else "no answer")
+    if None in answers:
+        raise Drop("no answer" if example.chosen is None else "no rejected answer")
     if any(not isinstance(answer, str) or not answer.strip() for answer in answers):
         raise Drop("empty answer")
-    if example.chosen == example.rejected:
+    if answers and example.chosen == example.rejected:
         raise Drop("chosen and rejected are identical")
     if needs == "scores" and example.score_chosen is None:
         raise Drop("no score")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokens
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Tokens ----------------------------------------------------------------------------------------------------------
 # For base models that come without one. The answer starts after a newline, so its first token is not fused to a colon.
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}### {{ message['role'].capitalize() }}:\n{{ message['content'] }}"
@@ -808,9 +725,7 @@ def condition(prompt_ids: list[int], trajectories: list[Trajectory], max_length:
     return context + prompt_ids
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Models
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Models ----------------------------------------------------------------------------------------------------------
 def load_pretrained(auto_class, path: str, **kwargs):
     """`auto_class.from_pretrained(path)` with one-line errors."""
     local = Path(path).expanduser()
@@ -852,7 +767,7 @@ def decoder_layers(model) -> torch.nn.ModuleList:
 def load_policy(path: str, tokenizer, dtype: torch.dtype):
     """A causal language model whose log-probs are `log_softmax(hidden @ head.T / temperature)`, nothing more.
 
-    Raises `UserError` for heads that scale, cap or shift their logits and for vocabularies smaller than the tokenizer's.
+    Raises `UserError` for heads that scale, cap or shift their logits, or that are smaller than the tokenizer.
     """
     config = load_config(path, tokenizer)
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
@@ -908,9 +823,7 @@ def check_same_tokenizer(policy_path: str, policy_tokenizer, value_path: str, va
                         f"{len(policy_tokenizer)} tokens): train the GVM from the policy's own model")  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Output folders
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Output folders --------------------------------------------------------------------------------------------------
 class Run:
     """A run's folder, written by rank 0: args.json, a copy of the script, metrics.jsonl and, at the end, the model."""
 

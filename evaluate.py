@@ -3,9 +3,9 @@
     python evaluate.py                                                         # sft and dvpo on the embedded task
     python evaluate.py sft=runs/sft dvpo=runs/dvpo other=some/folder --dataset DATA --response-length 640
 
-For each policy: gold score (embedded task) or the GVM's verdict, KL to the reference, answer length, how often the answer
-ends by itself, and how often it beats the first policy on the same prompt. For the GVM: how often it prefers the better of
-two held-out answers, by several statistics of its token values and by how much of the answer it has seen.
+For each policy: gold score (embedded task) and the GVM's verdict, KL to the reference, answer length, how often the
+answer ends by itself, and how often it beats the first policy on the same prompt. For the GVM: how often it prefers the
+better of two held-out answers, by several statistics of its token values and by how much of the answer it has seen.
 
 In: any number of NAME=PATH. Out: `results.json` and `report.html` in `--output-dir`. All intervals are 95 % bootstrap
 intervals over prompts. Shapes: B sequences, P prompt tokens (left-padded), R response tokens, V vocabulary, H hidden.
@@ -64,9 +64,7 @@ class Args:
     """of weights and compute; auto: bfloat16 on GPU, float32 on CPU"""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Models
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Models ----------------------------------------------------------------------------------------------------------
 # Copied from train_dvpo.FusedLogprobs
 class FusedLogprobs(torch.autograd.Function):
     """Linear + log-softmax + gather over chunks of tokens; the logits of a chunk are recomputed in backward."""
@@ -133,7 +131,7 @@ def fused_logprobs(hidden, weight, labels, temperature: float = 1.0, chunk_size:
 def token_logprobs(model, input_ids, attention_mask, response_mask, temperature):
     """log pi(a_t | s_t) of every response token, and the policy's entropy there.
 
-    `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`; returns two `(B, R)` in fp32, zero outside the mask.
+    `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`; returns two fp32 `(B, R)`, zero outside the mask.
     Old, new and reference log-probs all come through here, so the first ratio of an update is exactly 1.
     """
     R = response_mask.shape[1]
@@ -221,9 +219,7 @@ def token_values(gvm, input_ids, attention_mask, response_mask) -> torch.Tensor:
     return logits[:, -R - 1 :, 0].float()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Held-out answers of a dataset, behind their context
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Held-out answers of a dataset, behind their context -------------------------------------------------------------
 # Copied from train_gvm.Answer
 @dataclass
 class Answer:
@@ -294,9 +290,7 @@ def heldout_statistics(
     return dict(zip(statistics, table.unbind(1)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Statistics
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Statistics ------------------------------------------------------------------------------------------------------
 def interval(x: torch.Tensor, resamples: int = 2_000) -> dict[str, float]:
     """Mean of `x (prompts, samples)` and its 95 % bootstrap interval over prompts."""
     means = x.double().mean(1)  # (prompts,)
@@ -339,9 +333,7 @@ def sample(policy, reference, gvm, prompts: list[list[int]], end_ids, pad_id: in
     return answers
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Report
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Report ----------------------------------------------------------------------------------------------------------
 def policy_table(policies: dict) -> list[list[str]]:
     """Header and one row of texts per policy."""
     show = lambda x: f"{x['mean']:.3f} [{x['low']:.3f}, {x['high']:.3f}]" if isinstance(x, dict) else f"{x:.3f}"
@@ -373,9 +365,7 @@ def write_html(path: Path, results: dict, samples: list[list[str]]) -> None:
 
 
 def main(args: Args) -> None:
-    # -----------------------------------------------------------------------------------------------------------------
-    # 1 Processes
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---- 1 Processes -------------------------------------------------------------------------------------------------
     device = common.init_processes()
     dtype = common.compute_dtype(args.dtype, device)
     common.check_positive(
@@ -387,9 +377,7 @@ def main(args: Args) -> None:
     paths = dict(policy.split("=", 1) for policy in args.policies)
     common.check(len(paths) == len(args.policies), "two policies have the same name")
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # 2 Data: held-out prompts, each several times
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---- 2 Data: held-out prompts, each several times ----------------------------------------------------------------
     tokenizer = common.load_tokenizer(args.reference_path)
     needs = "pairs" if args.gvm_path else "prompts"
     _, heldout = common.load_examples(args.dataset, needs)
@@ -399,9 +387,7 @@ def main(args: Args) -> None:
     repeated = [prompt for prompt in prompts for _ in range(args.samples_per_prompt)]
     common.log(f"{len(prompts)} held-out prompts x {args.samples_per_prompt} answers")
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # 3 Models that judge
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---- 3 Models that judge -----------------------------------------------------------------------------------------
     def frozen(model):
         return shard(model.eval().requires_grad_(False), mesh, dtype)
 
@@ -413,9 +399,7 @@ def main(args: Args) -> None:
         gvm.config.num_context_trajectories = getattr(gvm.config, "num_context_trajectories", 0)
         gvm = frozen(gvm)
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # 4 Policies
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---- 4 Policies --------------------------------------------------------------------------------------------------
     by_prompt = lambda x: x.double().view(len(prompts), args.samples_per_prompt)
     texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in repeated]
     baseline, samples = (
@@ -451,9 +435,7 @@ def main(args: Args) -> None:
             sampled.append(responses[i * args.samples_per_prompt])
         common.log(f"{name}: done")
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # 5 GVM
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---- 5 GVM -------------------------------------------------------------------------------------------------------
     if gvm is not None:
         judged, _ = tokenize(tokenizer, heldout, "preference", args.max_prompt_length, args.response_length)
         statistics = heldout_statistics(gvm, judged, tokenizer.pad_token_id, args.micro_batch_size, device)
@@ -470,9 +452,7 @@ def main(args: Args) -> None:
                 "pair_accuracy"
             ]["last"]
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # 6 Report
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---- 6 Report ----------------------------------------------------------------------------------------------------
     if dist.get_rank() == 0:
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)

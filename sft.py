@@ -1,8 +1,9 @@
 """Stage 1: supervised fine-tuning, the policy that DVPO starts from and stays close to.
 
     python sft.py                                                              # embedded task, from scratch
-    torchrun --nproc_per_node 8 sft.py --model-path meta-llama/Llama-3.2-3B --dataset HuggingFaceH4/ultrafeedback_binarized \
-        --max-prompt-length 1024 --response-length 1024 --learning-rate 2e-5 --num-epochs 1
+    torchrun --nproc_per_node 8 sft.py --model-path meta-llama/Llama-3.2-3B \
+        --dataset HuggingFaceH4/ultrafeedback_binarized --max-prompt-length 1024 \
+        --response-length 1024 --learning-rate 2e-5 --num-epochs 1
 
 The loss is the negative log-likelihood of the answer's tokens, its end included; prompts carry none.
 In: a language model and answers (the chosen ones of preference pairs). Out: `--output-dir`, a checkpoint that
@@ -70,9 +71,7 @@ class Args:
     """also send metrics there"""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The mathematics
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The mathematics -------------------------------------------------------------------------------------------------
 # Copied from train_dvpo.FusedLogprobs
 class FusedLogprobs(torch.autograd.Function):
     """Linear + log-softmax + gather over chunks of tokens; the logits of a chunk are recomputed in backward."""
@@ -139,7 +138,7 @@ def fused_logprobs(hidden, weight, labels, temperature: float = 1.0, chunk_size:
 def token_logprobs(model, input_ids, attention_mask, response_mask, temperature):
     """log pi(a_t | s_t) of every response token, and the policy's entropy there.
 
-    `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`; returns two `(B, R)` in fp32, zero outside the mask.
+    `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`; returns two fp32 `(B, R)`, zero outside the mask.
     Old, new and reference log-probs all come through here, so the first ratio of an update is exactly 1.
     """
     R = response_mask.shape[1]
@@ -153,9 +152,7 @@ def token_logprobs(model, input_ids, attention_mask, response_mask, temperature)
     return zeros.masked_scatter(response_mask, logprobs), zeros.masked_scatter(response_mask, entropy.detach())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sharding
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Sharding --------------------------------------------------------------------------------------------------------
 # Copied from train_dvpo.shard
 def shard(model, mesh, dtype: torch.dtype):
     """FSDP2: every decoder layer is a unit, the rest another; computes in `dtype`, reduces gradients in fp32."""
@@ -180,9 +177,7 @@ def full_state_dict(model, dtype: torch.dtype) -> dict:
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data and held-out loss
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Data and held-out loss ------------------------------------------------------------------------------------------
 def tokenize(tokenizer, examples: list[common.Example], both: bool, args: Args) -> list[common.Trajectory]:
     """(prompt ids, response ids) of the chosen answers, or of both answers of every pair."""
     examples, prompts = common.fit_prompts(tokenizer, examples, args.max_prompt_length)
@@ -209,24 +204,19 @@ def heldout_loss(policy, rows: list[common.Trajectory], pad_id: int, device, arg
 
 
 def main(args: Args) -> None:
-    # -----------------------------------------------------------------------------------------------------------------
-    # 1 Processes
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---- 1 Processes -------------------------------------------------------------------------------------------------
     device = common.init_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dtype = common.compute_dtype(args.dtype, device)
     common.check_positive(args, "batch_size", "micro_batch_size", "num_epochs", "response_length")
-    common.check(args.batch_size % world_size == 0, f"--batch-size {args.batch_size} must be a multiple of the number of "
-                 f"processes, {world_size}")  # fmt: skip
-    common.check(world_size % args.dp_replicate == 0, f"--dp-replicate {args.dp_replicate} must divide {world_size}")
+    common.check_divides(world_size, "--batch-size", args.batch_size)
+    common.check_divides(args.dp_replicate, "the number of processes,", world_size)
     mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
                             mesh_dim_names=("replicate", "shard"))  # fmt: skip
     mesh = mesh if args.dp_replicate > 1 else mesh["shard"]
     torch.manual_seed(args.seed)
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # 2 Data
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---- 2 Data ------------------------------------------------------------------------------------------------------
     tokenizer = common.load_tokenizer(args.model_path)
     examples, heldout = common.load_examples(args.dataset, needs="answers")
     both = args.answers == "both" or (args.answers == "auto" and args.dataset == "toy")
@@ -235,9 +225,7 @@ def main(args: Args) -> None:
     common.log(f"{len(train_set)} answers to learn, {len(heldout_set)} held out; the first:")
     common.show_example(tokenizer, *train_set[0])
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # 3 Model
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---- 3 Model -----------------------------------------------------------------------------------------------------
     policy = common.load_policy(args.model_path, tokenizer, torch.float32)
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
@@ -250,9 +238,7 @@ def main(args: Args) -> None:
     run = common.Run(args, __file__, args.track)
     for update in range(1, num_updates + 1):
         start = time.perf_counter()
-        # -------------------------------------------------------------------------------------------------------------
-        # 4 Update
-        # -------------------------------------------------------------------------------------------------------------
+        # ---- 4 Update ------------------------------------------------------------------------------------------------
         indices = common.shuffled_batch(len(train_set), update, args.batch_size, args.seed)
         rows = [train_set[i] for i in indices]
         num_tokens = sum(len(response) for _, response in rows)  # of all ranks: loss and gradient are per token
@@ -270,9 +256,7 @@ def main(args: Args) -> None:
         lr = scheduler.get_last_lr()[0]
         scheduler.step()
 
-        # -------------------------------------------------------------------------------------------------------------
-        # 5 Log
-        # -------------------------------------------------------------------------------------------------------------
+        # ---- 5 Log ---------------------------------------------------------------------------------------------------
         seconds = time.perf_counter() - start
         metrics = {
             "loss/sft": common.all_sum(loss_sum).item() / num_tokens,
@@ -286,9 +270,7 @@ def main(args: Args) -> None:
             metrics["loss/sft_heldout"] = heldout_loss(policy, heldout_set, tokenizer.pad_token_id, device, args)
         run.log(update, num_updates, metrics, ("loss/sft", "loss/sft_heldout", "optim/lr", "time/tokens_per_sec"))
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # 6 Save
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---- 6 Save ------------------------------------------------------------------------------------------------------
     run.save(policy, full_state_dict(policy, dtype), tokenizer, "Supervised fine-tuned policy")
     common.end_processes()
 

@@ -100,9 +100,7 @@ class Args:
     """also send metrics there"""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The mathematics
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The mathematics -------------------------------------------------------------------------------------------------
 class FusedLogprobs(torch.autograd.Function):
     """Linear + log-softmax + gather over chunks of tokens; the logits of a chunk are recomputed in backward."""
 
@@ -165,7 +163,7 @@ def fused_logprobs(hidden, weight, labels, temperature: float = 1.0, chunk_size:
 def token_logprobs(model, input_ids, attention_mask, response_mask, temperature):
     """log pi(a_t | s_t) of every response token, and the policy's entropy there.
 
-    `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`; returns two `(B, R)` in fp32, zero outside the mask.
+    `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`; returns two fp32 `(B, R)`, zero outside the mask.
     Old, new and reference log-probs all come through here, so the first ratio of an update is exactly 1.
     """
     R = response_mask.shape[1]
@@ -180,14 +178,14 @@ def token_logprobs(model, input_ids, attention_mask, response_mask, temperature)
 
 
 def dvpo_advantages(gvm_values, kl, mask, estimator: str, gamma: float, lam: float, kl_coef: float) -> torch.Tensor:
-    """Token advantages from frozen values: Eq. 7 of arXiv:2502.16944v2 and two alternatives.
+    """Token advantages from the frozen GVM: ours, the paper's (arXiv:2502.16944v2) and the released code's.
 
     `gvm_values (B, R + 1)`, `kl (B, R)` log-ratio of policy to reference, `mask (B, R)`; returns `(B, R)`, whitened.
     """
     rewards = -kl_coef * kl  # (B, R) the only reward: what the answer is worth is in the values
     if estimator == "gae":
-        # DEVIATION: the paper's text takes Q itself. GAE subtracts V(s_t) and, bootstrapped by the GVM's judgement of the
-        # finished answer, sums up to that judgement: the values serve as baseline and as verdict.
+        # DEVIATION: the paper takes Q itself. GAE subtracts V(s_t) and, bootstrapped by the GVM's judgement of the
+        # finished answer, adds up to that judgement: the values serve as baseline and as verdict.
         advantages = common.gae(gvm_values, rewards, mask, gamma, lam)
     elif estimator == "q":
         advantages = rewards + gamma * gvm_values[:, 1:]  # static Q(s_t, a_t), no baseline
@@ -201,10 +199,10 @@ def dvpo_advantages(gvm_values, kl, mask, estimator: str, gamma: float, lam: flo
 
 
 def ppo_clip_loss(new_logprobs, logprobs, advantages, mask, clip_coef: float):
-    """PPO-clip, Eq. 6 of arXiv:2502.16944v2, summed over the tokens of `mask`.
+    """PPO-clip, Eq. 7 of arXiv:1707.06347, summed over the tokens of `mask`.
 
-    All inputs `(B, R)`. Returns the loss and, for logging, sums of k3 (an estimate of KL(old || new)), of clipped tokens,
-    of the ratio and of its square.
+    All inputs `(B, R)`. Returns the loss and, for logging, the sums of k3 (an estimate of KL(old || new)), of clipped
+    tokens, of the ratio and of its square.
     """
     logratio = (new_logprobs - logprobs)[mask]  # (N,)
     ratio, advantages = logratio.exp(), advantages[mask]
@@ -215,9 +213,7 @@ def ppo_clip_loss(new_logprobs, logprobs, advantages, mask, clip_coef: float):
     return loss, sums
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sharding
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Sharding --------------------------------------------------------------------------------------------------------
 def shard(model, mesh, dtype: torch.dtype):
     """FSDP2: every decoder layer is a unit, the rest another; computes in `dtype`, reduces gradients in fp32."""
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -239,9 +235,7 @@ def full_state_dict(model, dtype: torch.dtype) -> dict:
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rollout
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Rollout ---------------------------------------------------------------------------------------------------------
 @torch.no_grad()  # not inference_mode: the next training step would raise
 def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, temperature: float):
     """Sample answers from a sharded policy without any communication per token.
@@ -294,25 +288,19 @@ def show_samples(tokenizer, prompts, response_ids, response_mask, scores, count:
 
 
 def main(args: Args) -> None:
-    # -----------------------------------------------------------------------------------------------------------------
-    # 1 Processes
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---- 1 Processes -------------------------------------------------------------------------------------------------
     device = common.init_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dtype = common.compute_dtype(args.dtype, device)
-    common.check_positive(args, "rollout_batch_size", "micro_batch_size", "num_minibatches", "num_epochs", "num_updates",
-                          "response_length", "temperature")  # fmt: skip
-    common.check(args.rollout_batch_size % (args.num_minibatches * world_size) == 0,
-                 f"--rollout-batch-size {args.rollout_batch_size} must be a multiple of --num-minibatches "
-                 f"{args.num_minibatches} x {world_size} processes")  # fmt: skip
-    common.check(world_size % args.dp_replicate == 0, f"--dp-replicate {args.dp_replicate} must divide {world_size}")
+    common.check_positive(args, "rollout_batch_size", "micro_batch_size", "num_minibatches", "num_epochs")
+    common.check_positive(args, "num_updates", "response_length", "temperature", "sample_every")
+    common.check_divides(args.num_minibatches * world_size, "--rollout-batch-size", args.rollout_batch_size)
+    common.check_divides(args.dp_replicate, "the number of processes,", world_size)
     mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
                             mesh_dim_names=("replicate", "shard"))  # fmt: skip
     mesh = mesh if args.dp_replicate > 1 else mesh["shard"]
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # 2 Data
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---- 2 Data ------------------------------------------------------------------------------------------------------
     tokenizer = common.load_tokenizer(args.model_path)
     common.check_same_tokenizer(args.model_path, tokenizer, args.gvm_path, common.load_tokenizer(args.gvm_path))
     examples, _ = common.load_examples(args.dataset, needs="prompts")
@@ -321,9 +309,7 @@ def main(args: Args) -> None:
     common.log(f"{len(all_prompts)} prompts, the first: {tokenizer.decode(all_prompts[0])!r}")
     end_ids = torch.tensor([common.end_of_turn_id(tokenizer), tokenizer.eos_token_id], device=device)
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # 3 Models: one trained, two frozen
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---- 3 Models: one trained, two frozen ---------------------------------------------------------------------------
     policy = common.load_policy(args.model_path, tokenizer, torch.float32)
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
@@ -341,9 +327,7 @@ def main(args: Args) -> None:
     B, kl_coef = args.rollout_batch_size, args.kl_coef
     mine = torch.arange(B).chunk(world_size)[rank]  # the rows this rank rolls out and scores
     for update in range(1, args.num_updates + 1):
-        # -------------------------------------------------------------------------------------------------------------
-        # 4 Rollout: each rank answers its share of the prompts, then all ranks hold all answers (a few MB)
-        # -------------------------------------------------------------------------------------------------------------
+        # ---- 4 Rollout: each rank answers its share of the prompts, then all ranks hold all answers (a few MB) -------
         start = time.perf_counter()
         # All randomness of an update comes from (seed, update) and is drawn for the whole batch, so it depends on no
         # earlier update and on no number of ranks.
@@ -360,9 +344,7 @@ def main(args: Args) -> None:
         attention_mask = torch.cat([prompt_mask, response_mask], 1)  # (B, P + R)
         time_rollout = time.perf_counter() - start
 
-        # -------------------------------------------------------------------------------------------------------------
-        # 5 Score: old and reference log-probs, frozen values
-        # -------------------------------------------------------------------------------------------------------------
+        # ---- 5 Score: old and reference log-probs, frozen values -----------------------------------------------------
         start = time.perf_counter()
         gvm_prompts = prompts
         if num_trajectories:  # tau: what this very policy has just answered to other prompts
@@ -394,20 +376,12 @@ def main(args: Args) -> None:
         )  # (B, R)
         time_score = time.perf_counter() - start
 
-        # -------------------------------------------------------------------------------------------------------------
-        # 6 Update: PPO-clip on the policy, and nothing else
-        # -------------------------------------------------------------------------------------------------------------
+        # ---- 6 Update: PPO-clip on the policy, and nothing else ------------------------------------------------------
         start = time.perf_counter()
         steps = []
-        minibatches = [
-            m
-            for _ in range(args.num_epochs)
-            for m in torch.randperm(B, generator=generator).chunk(args.num_minibatches)
-        ]
-        for minibatch in minibatches:
-            num_tokens = response_mask[
-                minibatch
-            ].sum()  # of the whole optimizer step: ranks and micro-batches don't matter
+        shuffled = [torch.randperm(B, generator=generator) for _ in range(args.num_epochs)]
+        for minibatch in [rows for epoch in shuffled for rows in epoch.chunk(args.num_minibatches)]:
+            num_tokens = response_mask[minibatch].sum()  # of all ranks and micro-batches: their number does not matter
             sums = torch.zeros(6, device=device)
             for micro in minibatch.chunk(world_size)[rank].split(args.micro_batch_size):
                 mask = response_mask[micro]
@@ -426,9 +400,7 @@ def main(args: Args) -> None:
         scheduler.step()
         time_update = time.perf_counter() - start
 
-        # -------------------------------------------------------------------------------------------------------------
-        # 7 Log
-        # -------------------------------------------------------------------------------------------------------------
+        # ---- 7 Log ---------------------------------------------------------------------------------------------------
         loss, approxkl, clipfrac, ratio, ratio_squared, entropy, grad_norm = torch.stack(steps).mean(0).tolist()
         lengths = response_mask.sum(1)  # (B,)
         scores = gvm_values.gather(1, lengths[:, None])[:, 0]  # (B,) the GVM's judgement of the finished answer
@@ -471,9 +443,7 @@ def main(args: Args) -> None:
         if args.kl_target is not None:  # Eq. 2 of arXiv:1909.08593: proportional control, at most 2 % per update
             kl_coef *= 1 + 0.1 * min(max(sequence_kl / args.kl_target - 1, -0.2), 0.2)
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # 8 Save
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---- 8 Save ------------------------------------------------------------------------------------------------------
     run.save(policy, full_state_dict(policy, dtype), tokenizer, "Policy trained by DVPO")
     common.end_processes()
 

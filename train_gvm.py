@@ -1,9 +1,9 @@
 """Stage 2: pretrain the global value model (GVM) on preference data by temporal differences. DVPO, arXiv:2502.16944v2.
 
-The GVM reads a prompt and an answer and predicts, at every token, what the whole answer will be worth: its return-to-go.
-Preferences say only that one answer is better than another, so a chosen answer is worth +1 and a rejected one -1, paid at
-its last token; TD(lambda) carries that back to the last prompt token. With `--num-context-trajectories K` the GVM also
-reads K other prompt/answer pairs of the same policy (tau in the paper): they tell whose return it is to predict.
+The GVM reads a prompt and an answer and predicts at every token what the whole answer will be worth: its return-to-go.
+Preferences say only that one answer is better than another, so a chosen answer is worth +1 and a rejected one -1, paid
+at its last token; TD(lambda) carries that back to the last prompt token. With `--num-context-trajectories K` the GVM
+also reads K other prompt/answer pairs of the same policy (tau in the paper): they tell whose return it is to predict.
 Afterwards it is frozen. There is no reward model, and `train_dvpo.py` will train no critic.
 
     python train_gvm.py                                                        # embedded task, after sft
@@ -50,7 +50,7 @@ class Args:
     """passes over the data"""
     num_examples: int | None = None
     """use only the first so many training examples (pairs count as one); None uses all"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 4e-4
     """AdamW's peak, decayed linearly to zero (released code: Adafactor, 1.41e-5)"""
     warmup_fraction: float = 0.1
     """share of the updates in which the learning rate rises"""
@@ -88,9 +88,7 @@ class Args:
     """also send metrics there"""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The mathematics
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The mathematics -------------------------------------------------------------------------------------------------
 def token_values(gvm, input_ids, attention_mask, response_mask) -> torch.Tensor:
     """Values `(B, R + 1)` in fp32: column 0 after the last prompt token, column t after response token t.
 
@@ -104,12 +102,12 @@ def token_values(gvm, input_ids, attention_mask, response_mask) -> torch.Tensor:
 
 
 def td_loss(values, labels, mask, gamma: float, lam: float) -> torch.Tensor:
-    """`0.5 (V - G)^2` summed over the last prompt token and all response tokens, Eq. 5 of arXiv:2502.16944v2.
+    """`0.5 (V - G)^2` summed over the last prompt token and all response tokens: the GVM loss of arXiv:2502.16944v2.
 
-    `values (B, R + 1)`, `labels (B,)` paid at the last token, `mask (B, R)`. The targets G are TD(lambda) returns of the
-    detached values.
+    `values (B, R + 1)`, `labels (B,)` paid at the last token, `mask (B, R)`. The targets G are TD(lambda) returns of
+    the detached values.
     """
-    # DEVIATION: the paper's loss is one-step (lambda = 0); 0.95, as in the released code, learns long answers far sooner.
+    # DEVIATION: the paper's loss is one-step (lambda = 0); 0.95, as in the released code, reaches early tokens sooner.
     last = mask.sum(1, keepdim=True) - 1  # (B, 1)
     rewards = torch.zeros_like(values[:, 1:]).scatter(1, last, labels[:, None])  # (B, R)
     returns = common.td_lambda_returns(values.detach(), rewards, mask, gamma, lam)  # (B, R + 1)
@@ -118,9 +116,7 @@ def td_loss(values, labels, mask, gamma: float, lam: float) -> torch.Tensor:
     return 0.5 * ((values - returns)[trained] ** 2).sum()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sharding
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Sharding --------------------------------------------------------------------------------------------------------
 # Copied from train_dvpo.shard
 def shard(model, mesh, dtype: torch.dtype):
     """FSDP2: every decoder layer is a unit, the rest another; computes in `dtype`, reduces gradients in fp32."""
@@ -137,9 +133,7 @@ def full_state_dict(model, dtype: torch.dtype) -> dict:
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Answers, their labels and their context
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Answers, their labels and their context -------------------------------------------------------------------------
 @dataclass
 class Answer:
     prompt_ids: list[int]
@@ -206,23 +200,18 @@ def heldout_statistics(
 
 
 def main(args: Args) -> None:
-    # -----------------------------------------------------------------------------------------------------------------
-    # 1 Processes
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---- 1 Processes -------------------------------------------------------------------------------------------------
     device = common.init_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dtype = common.compute_dtype(args.dtype, device)
     common.check_positive(args, "batch_size", "micro_batch_size", "num_epochs", "response_length")
-    common.check(args.batch_size % (2 * world_size) == 0, f"--batch-size {args.batch_size} must be a multiple of 2 x the "
-                 f"number of processes, {world_size}")  # fmt: skip
-    common.check(world_size % args.dp_replicate == 0, f"--dp-replicate {args.dp_replicate} must divide {world_size}")
+    common.check_divides(2 * world_size, "--batch-size", args.batch_size)  # the two answers of a pair stay together
+    common.check_divides(args.dp_replicate, "the number of processes,", world_size)
     mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
                             mesh_dim_names=("replicate", "shard"))  # fmt: skip
     mesh = mesh if args.dp_replicate > 1 else mesh["shard"]
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # 2 Data
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---- 2 Data ------------------------------------------------------------------------------------------------------
     tokenizer = common.load_tokenizer(args.model_path)
     needs = {"preference": "pairs", "score": "scores"}[args.label_source]
     examples, heldout = common.load_examples(args.dataset, needs)
@@ -237,18 +226,16 @@ def main(args: Args) -> None:
         for answer in train_set + heldout_set:
             answer.label = (answer.label - scores.mean().item()) / scores.std().item()
     if args.num_context_trajectories:
-        common.check(all(answer.policy for answer in train_set), f"--num-context-trajectories {args.num_context_trajectories}"
-                     f" needs to know who wrote each answer, but {args.dataset} lacks the columns chosen_policy and "
-                     "rejected_policy (or policy); add them or set it to 0")  # fmt: skip
+        known = all(answer.policy for answer in train_set + heldout_set)
+        common.check(known, f"--num-context-trajectories needs to know who wrote each answer: {args.dataset} lacks the "
+                     "columns chosen_policy and rejected_policy (or policy); add them or leave it at 0")  # fmt: skip
         counts = Counter(answer.policy for answer in train_set)
         common.log(f"answers by policy: {', '.join(f'{name} {count}' for name, count in counts.most_common())}")
     pools = policy_pools(train_set)
     common.log(f"{len(train_set)} answers, {len(heldout_set)} held out; the first, worth {train_set[0].label:+.2f}:")
     common.show_example(tokenizer, train_set[0].prompt_ids, train_set[0].response_ids)
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # 3 Model
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---- 3 Model -----------------------------------------------------------------------------------------------------
     gvm = common.load_value_model(args.model_path, tokenizer, torch.float32, fresh_head=True)
     gvm.config.num_context_trajectories = args.num_context_trajectories  # train_dvpo.py conditions it likewise
     gvm.config.context_trajectory_length = args.context_trajectory_length
@@ -263,9 +250,7 @@ def main(args: Args) -> None:
     run = common.Run(args, __file__, args.track)
     for update in range(1, num_updates + 1):
         start = time.perf_counter()
-        # -------------------------------------------------------------------------------------------------------------
-        # 4 Update
-        # -------------------------------------------------------------------------------------------------------------
+        # ---- 4 Update ------------------------------------------------------------------------------------------------
         groups = common.shuffled_batch(len(train_set) // group, update, args.batch_size // group, args.seed)
         answers = [train_set[group * i + side] for i in groups for side in range(group)]
         num_values = sum(len(answer.response_ids) + 1 for answer in answers)  # of all ranks: the loss is per value
@@ -285,9 +270,7 @@ def main(args: Args) -> None:
         lr = scheduler.get_last_lr()[0]
         scheduler.step()
 
-        # -------------------------------------------------------------------------------------------------------------
-        # 5 Log
-        # -------------------------------------------------------------------------------------------------------------
+        # ---- 5 Log ---------------------------------------------------------------------------------------------------
         seconds = time.perf_counter() - start
         metrics = {
             "gvm/loss": common.all_sum(loss_sum).item() / num_values,
@@ -305,9 +288,7 @@ def main(args: Args) -> None:
                 metrics["gvm/pair_accuracy"] = report["pair_accuracy"]["last"]
         run.log(update, num_updates, metrics, ("gvm/loss", "gvm/pair_accuracy", "gvm/explained_variance", "optim/lr"))
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # 6 Save
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---- 6 Save ------------------------------------------------------------------------------------------------------
     if heldout_set:
         common.log("held-out:\n" + common.value_tables(report))
         if rank == 0:

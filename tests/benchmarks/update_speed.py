@@ -104,9 +104,8 @@ def main() -> None:
         print(f"{name:>6}: " + "  ".join(f"{phase} {statistics.median(s):.3f} s" for phase, s in phases))
     for i, phase in ((2, "update"), (3, "total")):
         ratios = sorted(a[i] / b[i] for a, b in zip(results["ours"], results["naive"]))
-        print(
-            f"ours / naive, {phase}: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}, {ROUNDS} pairs)"
-        )
+        spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}, {ROUNDS} pairs"
+        print(f"ours / naive, {phase}: {statistics.median(ratios):.2f} ({spread})")
 
 
 if __name__ == "__main__":
