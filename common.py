@@ -25,14 +25,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedTokenizerFast
 
 
 # ---- Errors and processes --------------------------------------------------------------------------------------------
@@ -101,6 +94,13 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat(shards)
 
 
+def clock(device: torch.device) -> float:
+    """Seconds on a running clock, once the device has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def peak_memory_gb(device: torch.device) -> float:
     """Most memory held so far: allocated by torch on a GPU, resident of the process on a CPU."""
     if device.type == "cuda":
@@ -122,9 +122,8 @@ def check_divides(divisor: int, name: str, value: int) -> None:
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 on a GPU and float32 on a CPU."""
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
-        name, torch.bfloat16 if device.type == "cuda" else torch.float32
-    )
+    auto = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, auto if name == "auto" else name)
 
 
 # ---- Return-to-go ----------------------------------------------------------------------------------------------------
@@ -546,8 +545,9 @@ def load_examples(dataset: str, needs: str, heldout_fraction: float = 0.05) -> t
     rows = read_rows(dataset, preferred.get(needs, ("train_prefs", "train")))
     check(len(rows) > 0, f"--dataset {dataset}: no rows")
     columns = [ALIASES.get(column, column) for column in rows[0]]
-    name, adapter = next(((name, adapter) for name, wanted, adapter in FORMATS if set(wanted) <= set(columns)), (0, 0))
-    known = "; ".join(" + ".join(wanted) for _, wanted, _ in FORMATS)
+    formats = FORMATS if needs == "prompts" else FORMATS[:-1]
+    name, adapter = next(((name, adapter) for name, wanted, adapter in formats if set(wanted) <= set(columns)), (0, 0))
+    known = "; ".join(" + ".join(wanted) for _, wanted, _ in formats)
     check(name, f"--dataset {dataset}: its columns ({', '.join(rows[0])}) fit none of: {known}; rename them")
     examples, dropped = [], Counter()
     for row in rows:
@@ -600,7 +600,7 @@ def load_tokenizer(path: str):
     """The tokenizer of a local folder or hub id ("toy": the embedded task's), with a chat template and a pad token."""
     if path == "toy":
         return toy_tokenizer()
-    tokenizer = load_pretrained(AutoTokenizer, path)
+    tokenizer = load_pretrained(transformers.AutoTokenizer, path)
     check(tokenizer.eos_token_id is not None, f"{path}: the tokenizer has no end-of-sequence token")
     if tokenizer.chat_template is None:
         log(f"{path}: no chat template; using '### User: ... ### Assistant: ...', saved with the trained model")
@@ -625,7 +625,7 @@ def tokenize_prompts(tokenizer, prompts: list[list[dict]]) -> list[list[int]]:
     """Token ids of chat-formatted prompts, up to where the answer starts."""
     # The template writes its own BOS, hence add_special_tokens=False.
     texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
-    return tokenizer(texts, add_special_tokens=False).input_ids
+    return tokenizer(texts, add_special_tokens=False).input_ids if texts else []
 
 
 def tokenize_answers(tokenizer, answers: list[str], max_length: int) -> list[list[int]]:
@@ -634,7 +634,7 @@ def tokenize_answers(tokenizer, answers: list[str], max_length: int) -> list[lis
     Answers are tokenised after and apart from the prompt's ids: nothing merges across the border.
     """
     end = end_of_turn_id(tokenizer)
-    tokens = [ids + [end] for ids in tokenizer(answers, add_special_tokens=False).input_ids]
+    tokens = [ids + [end] for ids in tokenizer(answers, add_special_tokens=False).input_ids] if answers else []
     cut = sum(len(ids) > max_length for ids in tokens)
     if cut:
         log(f"  {cut} of {len(tokens)} answers cut to --response-length {max_length} tokens")
@@ -647,10 +647,7 @@ def fit_prompts(tokenizer, examples: list[Example], max_length: int) -> tuple[li
     kept = [i for i, ids in enumerate(tokens) if len(ids) <= max_length]
     if len(kept) < len(tokens):
         log(f"  dropped {len(tokens) - len(kept)}: prompt longer than --max-prompt-length {max_length}")
-    longest = max(map(len, tokens), default=0)
-    check(
-        kept or not tokens, f"every prompt is longer than --max-prompt-length {max_length} (longest: {longest} tokens)"
-    )
+    check(kept or not tokens, f"every prompt is longer than --max-prompt-length {max_length} tokens")
     return [examples[i] for i in kept], [tokens[i] for i in kept]
 
 
@@ -691,8 +688,9 @@ def shuffled_batch(size: int, step: int, batch_size: int, seed: int) -> list[int
     """
     start = (step - 1) * batch_size
     first, last = start // size, (start + batch_size - 1) // size
-    passes = [random.Random(f"{seed}/{p}").sample(range(size), size) for p in range(first, last + 1)]
-    return sum(passes, [])[start - first * size :][:batch_size]
+    seeds = [torch.Generator().manual_seed(seed * 1_000_003 + p) for p in range(first, last + 1)]
+    order = torch.cat([torch.randperm(size, generator=generator) for generator in seeds])
+    return order[start - first * size :][:batch_size].tolist()
 
 
 def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -744,13 +742,13 @@ def load_pretrained(auto_class, path: str, **kwargs):
 def load_config(path: str, tokenizer):
     """The model's config, every dropout off: policy ratios and value targets must not be noisy."""
     if path == "toy":
-        config = LlamaConfig(
+        config = transformers.LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
             num_attention_heads=8, max_position_embeddings=512, initializer_range=0.05, bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
     else:
-        config = load_pretrained(AutoConfig, path)
+        config = load_pretrained(transformers.AutoConfig, path)
     for name, value in vars(config).items():
         if name.endswith(("dropout", "pdrop", "dropout_prob", "dropout_rate")) and isinstance(value, float):
             setattr(config, name, 0.0)
@@ -777,9 +775,7 @@ def load_policy(path: str, tokenizer, dtype: torch.dtype):
     else:
         model = load_pretrained(AutoModelForCausalLM, path, config=config, dtype=dtype, use_safetensors=True)
     head = model.get_output_embeddings()
-    check(
-        getattr(head, "bias", None) is None, f"{path}: the output head of {config.model_type} has a bias: not supported"
-    )
+    check(getattr(head, "bias", None) is None, f"{path}: {config.model_type}'s output head has a bias: not supported")
     size = head.weight.shape[0]
     check(len(tokenizer) <= size, f"{path}: the tokenizer has {len(tokenizer)} tokens, the model only {size}")
     decoder_layers(model)
@@ -807,9 +803,7 @@ def load_value_model(path: str, tokenizer, dtype: torch.dtype, fresh_head: bool)
     check(plain, f"{path}: the token-classification head of {config.model_type} is not a plain `score` layer; use a "
                  "Llama, Qwen2, Qwen3, Mistral or Gemma model")  # fmt: skip
     missing = [key for key in info["missing_keys"] if not (fresh_head and key == "score.weight")]
-    check(
-        not missing, f"{path}: not a value model, it lacks {', '.join(sorted(missing)[:3])}; `train_gvm.py` makes one"
-    )
+    check(not missing, f"{path}: no value model, it lacks {', '.join(sorted(missing)[:3])}; `train_gvm.py` makes one")
     if fresh_head:
         torch.nn.init.zeros_(head.weight)
     decoder_layers(model)
@@ -836,19 +830,22 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
             shutil.copy(script, self.folder / Path(script).name)
-            self.metrics = open(self.folder / "metrics.jsonl", "w", buffering=1)  # noqa: SIM115  (closed with the process)
+            self.metrics = open(self.folder / "metrics.jsonl", "w", buffering=1)
         except OSError as error:
             raise UserError(f"--output-dir {self.folder}: cannot be written ({error.strerror})") from error
-        if track == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
+        try:
+            if track == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(self.folder / "tensorboard")
-            self.tracker = lambda metrics, step: [writer.add_scalar(k, v, step) for k, v in metrics.items()]
-        elif track == "wandb":
-            import wandb
+                writer = SummaryWriter(self.folder / "tensorboard")
+                self.tracker = lambda metrics, step: [writer.add_scalar(k, v, step) for k, v in metrics.items()]
+            elif track == "wandb":
+                import wandb
 
-            wandb.init(project="dvpo", name=self.folder.name, config=asdict(args), dir=self.folder)
-            self.tracker = lambda metrics, step: wandb.log(metrics, step=step)
+                wandb.init(project="dvpo", name=self.folder.name, config=asdict(args), dir=self.folder)
+                self.tracker = wandb.log
+        except ImportError as error:
+            raise UserError(f"--track {track}: not installed; pip install -e '.[track]'") from error
 
     def log(self, step: int, total: int, metrics: dict, show: tuple[str, ...]) -> None:
         """Append one update's metrics to metrics.jsonl, and print those named in `show`, at most every five seconds."""

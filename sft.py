@@ -10,7 +10,6 @@ In: a language model and answers (the chosen ones of preference pairs). Out: `--
 `from_pretrained` loads. Shapes: B sequences, P prompt tokens (left-padded), R response tokens, V vocabulary, H hidden.
 """
 
-import time
 import types
 from dataclasses import dataclass
 from typing import Literal
@@ -237,7 +236,7 @@ def main(args: Args) -> None:
 
     run = common.Run(args, __file__, args.track)
     for update in range(1, num_updates + 1):
-        start = time.perf_counter()
+        start = common.clock(device)
         # ---- 4 Update ------------------------------------------------------------------------------------------------
         indices = common.shuffled_batch(len(train_set), update, args.batch_size, args.seed)
         rows = [train_set[i] for i in indices]
@@ -257,7 +256,7 @@ def main(args: Args) -> None:
         scheduler.step()
 
         # ---- 5 Log ---------------------------------------------------------------------------------------------------
-        seconds = time.perf_counter() - start
+        seconds = common.clock(device) - start
         metrics = {
             "loss/sft": common.all_sum(loss_sum).item() / num_tokens,
             "optim/lr": lr,

@@ -15,9 +15,7 @@ In: an SFT checkpoint, a GVM (`train_gvm.py`), prompts. Out: `--output-dir`, a c
 Shapes: B sequences, P prompt tokens (left-padded), R response tokens, T = P + R, V vocabulary, H hidden, N tokens.
 """
 
-import copy
 import random
-import time
 import types
 from dataclasses import dataclass
 from typing import Literal
@@ -313,7 +311,7 @@ def main(args: Args) -> None:
     policy = common.load_policy(args.model_path, tokenizer, torch.float32)
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
-    reference = copy.deepcopy(policy).to(dtype).eval().requires_grad_(False)
+    reference = common.load_policy(args.model_path, tokenizer, dtype).eval().requires_grad_(False)
     gvm = common.load_value_model(args.gvm_path, tokenizer, dtype, fresh_head=False).eval().requires_grad_(False)
     num_trajectories = getattr(gvm.config, "num_context_trajectories", 0)  # the GVM says how it was trained
     trajectory_length = getattr(gvm.config, "context_trajectory_length", 0)
@@ -328,7 +326,7 @@ def main(args: Args) -> None:
     mine = torch.arange(B).chunk(world_size)[rank]  # the rows this rank rolls out and scores
     for update in range(1, args.num_updates + 1):
         # ---- 4 Rollout: each rank answers its share of the prompts, then all ranks hold all answers (a few MB) -------
-        start = time.perf_counter()
+        start = common.clock(device)
         # All randomness of an update comes from (seed, update) and is drawn for the whole batch, so it depends on no
         # earlier update and on no number of ranks.
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + update)
@@ -342,26 +340,23 @@ def main(args: Args) -> None:
         response_ids, response_mask = response_ids[:, :longest], response_mask[:, :longest]  # (B, R)
         input_ids = torch.cat([prompt_ids, response_ids], 1)  # (B, P + R)
         attention_mask = torch.cat([prompt_mask, response_mask], 1)  # (B, P + R)
-        time_rollout = time.perf_counter() - start
+        time_rollout = common.clock(device) - start
 
         # ---- 5 Score: old and reference log-probs, frozen values -----------------------------------------------------
-        start = time.perf_counter()
+        start = common.clock(device)
         gvm_prompts = prompts
         if num_trajectories:  # tau: what this very policy has just answered to other prompts
             pool = [(prompt, ids[mask].tolist()) for prompt, ids, mask in zip(prompts, response_ids, response_mask)]
-            gvm_prompts = []
-            for i, prompt in enumerate(prompts):
-                drawn = common.draw_trajectories(
-                    random.Random(f"{args.seed}/{update}/{i}"), pool, prompt, num_trajectories
-                )
-                gvm_prompts.append(common.condition(prompt, drawn, trajectory_length))
+            rng = random.Random(f"{args.seed}/{update}")
+            drawn = [common.draw_trajectories(rng, pool, prompt, num_trajectories) for prompt in prompts]
+            gvm_prompts = [common.condition(prompt, d, trajectory_length) for prompt, d in zip(prompts, drawn)]
         gvm_ids, gvm_mask = (x.to(device) for x in common.pad(gvm_prompts, tokenizer.pad_token_id, "left"))
         scored = []
         with torch.no_grad():
             for micro in mine.split(args.micro_batch_size):
                 mask = response_mask[micro]
                 batch = input_ids[micro], attention_mask[micro], mask, args.temperature
-                logprobs, entropy = policy.token_logprobs(*batch)  # (micro, R)
+                logprobs, _ = policy.token_logprobs(*batch)  # (micro, R)
                 ref_logprobs, _ = reference.token_logprobs(*batch)
                 full_mask = torch.cat([gvm_mask[micro], mask], 1)
                 values = gvm(torch.cat([gvm_ids[micro], response_ids[micro]], 1), attention_mask=full_mask,
@@ -374,10 +369,10 @@ def main(args: Args) -> None:
         advantages = dvpo_advantages(
             gvm_values, kl, response_mask, args.advantage, args.gamma, args.gae_lambda, kl_coef
         )  # (B, R)
-        time_score = time.perf_counter() - start
+        time_score = common.clock(device) - start
 
         # ---- 6 Update: PPO-clip on the policy, and nothing else ------------------------------------------------------
-        start = time.perf_counter()
+        start = common.clock(device)
         steps = []
         shuffled = [torch.randperm(B, generator=generator) for _ in range(args.num_epochs)]
         for minibatch in [rows for epoch in shuffled for rows in epoch.chunk(args.num_minibatches)]:
@@ -397,8 +392,9 @@ def main(args: Args) -> None:
             steps.append(torch.cat([common.all_sum(sums) / num_tokens, grad_norm[None]]))
             if args.max_approx_kl is not None and steps[-1][1] > args.max_approx_kl:
                 break
+        lr = scheduler.get_last_lr()[0]
         scheduler.step()
-        time_update = time.perf_counter() - start
+        time_update = common.clock(device) - start
 
         # ---- 7 Log ---------------------------------------------------------------------------------------------------
         loss, approxkl, clipfrac, ratio, ratio_squared, entropy, grad_norm = torch.stack(steps).mean(0).tolist()
@@ -421,7 +417,7 @@ def main(args: Args) -> None:
             "val/ratio_var": ratio_squared - ratio**2,
             "val/response_length": lengths.float().mean().item(),
             "val/eos_rate": ended.float().mean().item(),
-            "optim/lr": scheduler.get_last_lr()[0],
+            "optim/lr": lr,
             "optim/grad_norm": grad_norm,
             "time/rollout": time_rollout,
             "time/score": time_score,
@@ -432,15 +428,11 @@ def main(args: Args) -> None:
         }
         if args.dataset == "toy":
             metrics["objective/gold"] = common.toy_gold_mean(tokenizer, prompts, response_ids, response_mask)
-        run.log(
-            update,
-            args.num_updates,
-            metrics,
-            ("objective/gold", "objective/scores", "objective/kl", "val/response_length", "val/eos_rate"),
-        )
+        shown = ("objective/gold", "objective/scores", "objective/kl", "val/response_length", "val/eos_rate")
+        run.log(update, args.num_updates, metrics, shown)
         if update % args.sample_every == 0 or update == args.num_updates:
             show_samples(tokenizer, prompts, response_ids, response_mask, scores)
-        if args.kl_target is not None:  # Eq. 2 of arXiv:1909.08593: proportional control, at most 2 % per update
+        if args.kl_target is not None:  # Section 2.2 of arXiv:1909.08593: proportional control, at most 2 % per update
             kl_coef *= 1 + 0.1 * min(max(sequence_kl / args.kl_target - 1, -0.2), 0.2)
 
     # ---- 8 Save ------------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ Shapes: B sequences, P prompt tokens (left-padded, context included), R response
 
 import json
 import random
-import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
@@ -249,7 +248,7 @@ def main(args: Args) -> None:
 
     run = common.Run(args, __file__, args.track)
     for update in range(1, num_updates + 1):
-        start = time.perf_counter()
+        start = common.clock(device)
         # ---- 4 Update ------------------------------------------------------------------------------------------------
         groups = common.shuffled_batch(len(train_set) // group, update, args.batch_size // group, args.seed)
         answers = [train_set[group * i + side] for i in groups for side in range(group)]
@@ -271,7 +270,7 @@ def main(args: Args) -> None:
         scheduler.step()
 
         # ---- 5 Log ---------------------------------------------------------------------------------------------------
-        seconds = time.perf_counter() - start
+        seconds = common.clock(device) - start
         metrics = {
             "gvm/loss": common.all_sum(loss_sum).item() / num_values,
             "optim/lr": lr,

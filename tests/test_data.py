@@ -1,0 +1,268 @@
+"""Dataset shapes people bring, tokenisation traps, and the embedded task."""
+
+import gzip
+import json
+import random
+from collections import Counter
+
+import pytest
+import torch
+
+import common
+
+USER = {"role": "user", "content": "Name a fruit."}
+
+
+def said(text):
+    return {"role": "assistant", "content": text}
+
+
+PROMPT = [USER]
+ROWS = {
+    "explicit prompt, strings": {"prompt": "Name a fruit.", "chosen": "pear", "rejected": "dog"},
+    "explicit prompt, messages": {"prompt": [USER], "chosen": [said("pear")], "rejected": [said("dog")]},
+    "implicit prompt": {"chosen": [USER, said("pear")], "rejected": [USER, said("dog")]},
+    "ultrafeedback_binarized": {
+        "prompt": "Name a fruit.",
+        "prompt_id": "7",
+        "chosen": [USER, said("pear")],
+        "rejected": [USER, said("dog")],
+        "messages": [USER, said("pear")],
+        "score_chosen": 8.0,
+        "score_rejected": 3.0,
+    },
+    "hh-rlhf": {
+        "chosen": "\n\nHuman: Name a fruit.\n\nAssistant: pear",
+        "rejected": "\n\nHuman: Name a fruit.\n\nAssistant: dog",
+    },
+    "released code": {"question": "Name a fruit.", "response_j": "pear", "response_k": "dog"},
+    "openbmb/UltraFeedback": {
+        "instruction": "Name a fruit.",
+        "completions": [
+            {"model": "a", "response": "dog", "overall_score": "3"},
+            {"model": "b", "response": "pear", "overall_score": 8.0},
+        ],
+    },
+}
+
+
+def write(path, rows):
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_preference_shapes(name, tmp_path):
+    train, heldout = common.load_examples(write(tmp_path / "data.jsonl", [ROWS[name]]), "pairs")
+    (example,) = train + heldout
+    assert (example.prompt, example.chosen, example.rejected) == (PROMPT, "pear", "dog")
+    if "score_chosen" in ROWS[name] or "completions" in ROWS[name]:
+        assert (example.score_chosen, example.score_rejected) == (8.0, 3.0)
+    if "completions" in ROWS[name]:
+        assert (example.chosen_policy, example.rejected_policy) == ("b", "a")
+
+
+def test_hh_is_cut_at_the_last_assistant(tmp_path):
+    start = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: more\n\nAssistant:"
+    row = {"chosen": f"{start} yes\n\nor so", "rejected": f"{start} no"}
+    (example,) = common.load_examples(write(tmp_path / "hh.jsonl", [row]), "pairs")[0]
+    assert [m["role"] for m in example.prompt] == ["user", "assistant", "user"]
+    assert (example.chosen, example.rejected) == ("yes\n\nor so", "no")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Name a fruit.", "response": "pear", "score": "7.5", "policy": "a"},
+        {"prompt": "Name a fruit.", "completion": "pear", "reward": 7.5, "model": "a"},
+        {"value_question": "Name a fruit.", "value_response": "pear", "rewards": 7.5, "policy": "a"},
+        {"messages": [USER, said("pear")], "score": 7.5, "policy": "a"},
+    ],
+)
+def test_scored_answers(row, tmp_path):
+    train, heldout = common.load_examples(write(tmp_path / "data.jsonl", [row]), "scores")
+    (example,) = train + heldout
+    assert (example.prompt, example.chosen, example.rejected) == (PROMPT, "pear", None)
+    assert (example.score_chosen, example.chosen_policy) == (7.5, "a")
+
+
+@pytest.mark.parametrize("row", [{"prompt": "Name a fruit."}, {"question": "Name a fruit."}, {"prompt": [USER]}])
+def test_prompts_only(row, tmp_path):
+    train, heldout = common.load_examples(write(tmp_path / "data.jsonl", [row]), "prompts")
+    assert [example.prompt for example in train + heldout] == [PROMPT]
+
+
+@pytest.mark.parametrize("layout", ["jsonl.gz", "json", "parquet", "save_to_disk", "save_to_disk dict", "hub folder"])
+def test_local_layouts(layout, tmp_path):
+    import datasets
+
+    rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(40)]
+    data, path = datasets.Dataset.from_list(rows), tmp_path / "data"
+    if layout == "jsonl.gz":
+        path = write(tmp_path / "data.jsonl.gz", rows)
+    elif layout == "json":
+        path = tmp_path / "data.json"
+        path.write_text(json.dumps(rows))
+    elif layout == "parquet":
+        path = tmp_path / "data.parquet"
+        data.to_parquet(path)
+    elif layout == "save_to_disk":
+        data.save_to_disk(path)
+    elif layout == "save_to_disk dict":
+        datasets.DatasetDict({"test_prefs": data.select([0]), "train_prefs": data}).save_to_disk(path)
+    else:
+        (path / "data").mkdir(parents=True)
+        data.to_parquet(path / "data" / "train-00000-of-00001.parquet")
+    train, heldout = common.load_examples(str(path), "pairs")
+    assert len(train) + len(heldout) == 40 and len(heldout) < 20
+    assert not {e.prompt[0]["content"] for e in train} & {e.prompt[0]["content"] for e in heldout}
+    if layout == "save_to_disk dict":
+        assert len(sum(common.load_examples(f"{path}:test_prefs", "pairs"), [])) == 1
+
+
+def test_drops_are_counted_with_reasons(tmp_path, capsys):
+    good = ROWS["explicit prompt, strings"]
+    rows = [
+        good,
+        {**good, "rejected": "pear"},
+        {**good, "chosen": "  "},
+        {**good, "prompt": ""},
+        {"prompt": "a", "chosen": "b", "rejected": None},
+        {"prompt": "a", "chosen": [said("x")], "rejected": [{"role": "assistant"}]},
+        {"prompt": None, "chosen": [USER, said("x")], "rejected": [{**USER, "content": "other"}, said("y")]},
+        {"prompt": "a", "chosen": [USER], "rejected": [USER]},
+        {"prompt": "a", "chosen": 7, "rejected": 8},
+    ]
+    train, heldout = common.load_examples(write(tmp_path / "data.jsonl", rows), "pairs")
+    printed = capsys.readouterr().out
+    assert len(train + heldout) == 1
+    for reason in ("identical", "empty answer", "empty prompt", "different prompts", "not the assistant", "malformed"):
+        assert f"dropped 1: {reason}" in printed or any(
+            line.startswith("  dropped 1") and reason in line for line in printed.splitlines()
+        ), printed
+
+
+# ---- Tokens ----------------------------------------------------------------------------------------------------------
+def test_prompt_and_answer_tokens():
+    tokenizer = common.toy_tokenizer()
+    messages = [{"role": "user", "content": "list two animals, not the cat"}]
+    (prompt,) = common.tokenize_prompts(tokenizer, [messages])
+    assert tokenizer.decode(prompt) == "<user> list two animals, not the cat <assistant>"
+    (answer,) = common.tokenize_answers(tokenizer, ["dog and cow."], 20)
+    assert answer[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(answer, skip_special_tokens=True) == "dog and cow."
+    assert common.tokenize_answers(tokenizer, ["dog and cow."], 2) == [answer[:2]]  # cut, without an end
+
+
+@pytest.mark.parametrize("tail, expected", [("<eos>", "<eos>"), ("<user>\n", "<user>"), ("\n", "<eos>")])
+def test_the_end_of_a_turn_is_what_the_template_writes(tail, expected):
+    """Templates end turns with EOS, with another special token, or with nothing special."""
+    tokenizer = common.toy_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}" + tail + "{% endif %}{% endfor %}"
+    )
+    assert tokenizer.convert_ids_to_tokens(common.end_of_turn_id(tokenizer)) == expected
+
+
+def test_padding_sides_and_masks():
+    batch = common.pad_batch([[5, 6], [7]], [[8], [9, 1]], 0, "cpu")
+    assert batch["input_ids"].tolist() == [[5, 6, 8, 0], [0, 7, 9, 1]]
+    assert batch["attention_mask"].tolist() == [[True, True, True, False], [False, True, True, True]]
+    assert batch["response_mask"].tolist() == [[True, False], [True, True]]
+    assert common.position_ids(batch["attention_mask"]).tolist() == [[0, 1, 2, 2], [0, 0, 1, 2]]
+
+
+def test_context_never_holds_the_prompt_it_conditions():
+    """Not the answer judged, not another answer to its prompt, at any draw."""
+    pool = [([p], [100 + p, a]) for p in range(4) for a in range(3)]
+    for seed in range(200):
+        drawn = common.draw_trajectories(random.Random(seed), pool, [2], 3)
+        assert len(drawn) == 3 and all(prompt != [2] for prompt, _ in drawn)
+        assert len({id(t) for t in drawn}) == 3
+    only_itself = [([2], [1]), ([2], [3])]
+    assert common.draw_trajectories(random.Random(0), only_itself, [2], 3) == []
+
+
+def test_context_is_cut_in_front_of_a_whole_prompt():
+    assert common.condition([7, 8], [([1, 2, 3, 4], [5, 6, 9])], max_length=4) == [3, 4, 5, 6, 7, 8]
+
+
+def test_batches_walk_through_all_rows_once_per_pass():
+    seen = [i for step in range(1, 8) for i in common.shuffled_batch(7, step, 3, seed=0)]
+    for start in range(0, 21, 7):
+        assert sorted(seen[start : start + 7]) == list(range(7))
+    assert seen[:7] != seen[7:14]
+    assert seen[:3] == common.shuffled_batch(7, 1, 3, seed=0) != common.shuffled_batch(7, 1, 3, seed=1)
+
+
+# ---- The embedded task -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "answer, gold",
+    [
+        ("dog, cow and bear.", 1.0),
+        ("dog and cow.", 0.5),
+        ("dog, cow, bear and wolf.", 0.5),
+        ("dog, cow and cat.", 0.5),
+        ("dog, cow and pear.", 0.5),
+        ("dog, cow and dog.", 0.5),
+        ("dog, cow, bear.", 0.5),
+        ("dog, cow and bear", 0.5),
+        ("dog, dog and dog.", 0.0),
+        ("pear.", -0.5),
+        ("", -1.0),
+    ],
+)
+def test_gold_score(answer, gold):
+    assert common.toy_gold("list three animals, not the cat", answer) == gold
+
+
+def test_embedded_task_has_the_promised_properties():
+    train, heldout = common.toy_examples()
+    assert not {e.prompt[0]["content"] for e in train} & {e.prompt[0]["content"] for e in heldout}
+    assert common.toy_examples(50, 10)[0] == common.toy_examples(50, 10)[0]
+    gold = {policy: [] for policy in common.TOY_POLICIES}
+    right = 0.0
+    for e in train:
+        text = e.prompt[0]["content"]
+        good, bad = common.toy_gold(text, e.chosen), common.toy_gold(text, e.rejected)
+        gold[e.chosen_policy].append(good)
+        gold[e.rejected_policy].append(bad)
+        right += (good > bad) + 0.5 * (good == bad)
+    means = [sum(x) / len(x) for x in gold.values()]
+    assert len(means) >= 4 and max(means) - min(means) > 0.5  # behaviour policies of different skill
+    assert 0.81 < right / len(train) < 0.85  # labels are noisy: this is what the gold score itself reaches
+    lengths = Counter(len(e.chosen.split()) for e in train)
+    assert len(lengths) > 4  # answers of varying length
+    best_constant = max(
+        sum(common.toy_gold(e.prompt[0]["content"], answer) for e in train[:2000]) / 2000
+        for answer in {e.chosen for e in train[:50]}
+    )
+    assert best_constant < 0
+
+
+def test_every_prompt_has_a_perfect_answer_and_the_text_survives_the_tokenizer():
+    tokenizer, rng = common.toy_tokenizer(), random.Random(0)
+    for example in common.toy_examples(400, 10)[0]:
+        prompt = example.prompt[0]["content"]
+        perfect = (common.toy_answer(rng, prompt, "expert") for _ in range(50))
+        assert max(common.toy_gold(prompt, answer) for answer in perfect) == 1.0
+        for text in (prompt, example.chosen):
+            assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_preferences_are_bradley_terry_in_the_gold_score():
+    """Among pairs whose gold scores differ by one fault, the better wins with probability sigmoid(0.5 / noise)."""
+    train, _ = common.toy_examples()
+    wins = total = 0
+    for e in train:
+        difference = common.toy_gold(e.prompt[0]["content"], e.chosen) - common.toy_gold(
+            e.prompt[0]["content"], e.rejected
+        )
+        if abs(difference) == common.TOY_FAULT:
+            wins, total = wins + (difference > 0), total + 1
+    expected = torch.sigmoid(torch.tensor(common.TOY_FAULT / common.TOY_NOISE)).item()
+    assert abs(wins / total - expected) < 4 * (expected * (1 - expected) / total) ** 0.5

@@ -1,0 +1,142 @@
+"""Return-to-go against plain loops and hand-made cases."""
+
+import pytest
+import torch
+
+import common
+import train_dvpo
+import train_gvm
+
+MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)  # one answer is cut at R
+
+
+def random_case():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    rewards = torch.randn(3, 5, generator=generator, dtype=torch.float64)
+    return values, rewards
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+@pytest.mark.parametrize("lam", [0.0, 0.5, 0.95, 1.0])
+def test_td_lambda_returns_equal_a_plain_loop(gamma, lam):
+    values, rewards = random_case()
+    expected = torch.zeros_like(values)
+    for b in range(3):
+        T = int(MASK[b].sum())
+        expected[b, T] = rewards[b, T - 1]
+        for t in reversed(range(T)):
+            reward = rewards[b, t - 1] if t > 0 else 0.0
+            expected[b, t] = reward + gamma * ((1 - lam) * values[b, t + 1] + lam * expected[b, t + 1])
+    torch.testing.assert_close(common.td_lambda_returns(values, rewards, MASK, gamma, lam), expected)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+@pytest.mark.parametrize("lam", [0.0, 0.5, 0.95, 1.0])
+def test_gae_equals_a_plain_loop(gamma, lam):
+    values, rewards = random_case()
+    expected = torch.zeros_like(rewards)
+    for b in range(3):
+        advantage = 0.0
+        for t in reversed(range(int(MASK[b].sum()))):
+            delta = rewards[b, t] + gamma * values[b, t + 1] - values[b, t]
+            advantage = delta + gamma * lam * advantage
+            expected[b, t] = advantage
+    torch.testing.assert_close(common.gae(values, rewards, MASK, gamma, lam), expected)
+
+
+def test_what_lies_outside_the_mask_does_not_matter():
+    values, rewards = random_case()
+    junk_values, junk_rewards = values.clone(), rewards.clone()
+    junk_rewards[~MASK] = float("nan")
+    junk_values[:, 1:][~MASK] = float("nan")
+    for function in (common.gae, common.td_lambda_returns):
+        clean, junk = function(values, rewards, MASK, 0.9, 0.8), function(junk_values, junk_rewards, MASK, 0.9, 0.8)
+        torch.testing.assert_close(clean, junk)
+
+
+def test_long_answers_stay_finite_and_exact():
+    values, mask = torch.zeros(1, 4097), torch.ones(1, 4096, dtype=torch.bool)
+    rewards = torch.zeros(1, 4096).index_fill_(1, torch.tensor([4095]), 1.0)
+    assert common.td_lambda_returns(values, rewards, mask, 1.0, 1.0).eq(1).all()
+    assert common.gae(values, rewards, mask, 1.0, 0.95).isfinite().all()
+
+
+def test_gvm_targets_of_a_hand_made_answer():
+    """Three tokens, worth +1: what each of the four values is pulled towards."""
+    values = torch.tensor([[0.1, 0.2, 0.4, 0.7, 9.0]], requires_grad=True)
+    mask = torch.tensor([[True, True, True, False]])
+
+    def targets(lam):  # the gradient of 0.5 (V - G)^2 is V - G
+        loss = train_gvm.td_loss(values, torch.tensor([1.0]), mask, gamma=1.0, lam=lam)
+        return values.detach() - torch.autograd.grad(loss, values)[0]
+
+    torch.testing.assert_close(targets(1.0), torch.tensor([[1.0, 1.0, 1.0, 1.0, 9.0]]))  # Monte Carlo: the label
+    torch.testing.assert_close(targets(0.0), torch.tensor([[0.2, 0.4, 0.7, 1.0, 9.0]]))  # one step: the next value
+    torch.testing.assert_close(targets(0.5), torch.tensor([[0.4125, 0.625, 0.85, 1.0, 9.0]]))
+
+
+def test_whitening_uses_the_mask_alone():
+    x = torch.tensor([[1.0, 3.0, 100.0]])
+    mask = torch.tensor([[True, True, False]])
+    torch.testing.assert_close(common.masked_whiten(x, mask), torch.tensor([[-1.0, 1.0, 0.0]]))
+    torch.testing.assert_close(common.masked_whiten(x, mask, shift_mean=False), torch.tensor([[1.0, 3.0, 0.0]]))
+
+
+def probability_of_ending_after_one_step(estimator: str) -> float:
+    """A good answer may end (judged 0.9) or ramble on for five tokens (judged ever worse) and then end.
+
+    One rollout of each and of a bad answer; one PPO step on the probability to end where the good answer is complete.
+    """
+    gvm_values = torch.tensor([[0.0, 0.8, 0.9, 0, 0, 0, 0, 0],
+                               [0.0, 0.8, 0.6, 0.6, 0.6, 0.6, 0.6, 0.5],
+                               [0.0, -0.7, -0.8, 0, 0, 0, 0, 0]])  # fmt: skip
+    mask = torch.tensor([[1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0, 0]], dtype=torch.bool)
+    advantages = train_dvpo.dvpo_advantages(gvm_values, torch.zeros(3, 7), mask, estimator, 1.0, 0.95, 0.05)
+    logit = torch.zeros((), requires_grad=True)
+    decision = torch.stack([torch.nn.functional.logsigmoid(logit), torch.nn.functional.logsigmoid(-logit)])
+    at_the_decision = torch.tensor([[True], [True]])
+    loss, _ = train_dvpo.ppo_clip_loss(
+        decision[:, None], decision.detach()[:, None], advantages[:2, 1:2], at_the_decision, clip_coef=0.2
+    )
+    loss.backward()
+    return torch.sigmoid(logit.detach() - 0.1 * logit.grad).item()
+
+
+def test_gae_rewards_ending_a_good_answer_and_the_released_estimator_punishes_it():
+    assert probability_of_ending_after_one_step("gae") > 0.5
+    assert probability_of_ending_after_one_step("q") > 0.5
+    assert probability_of_ending_after_one_step("released") < 0.5
+
+
+def test_the_kl_reward_has_the_right_sign():
+    """Tokens that the reference finds unlikely lose."""
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    kl = torch.tensor([[2.0, -2.0]])
+    for estimator in ("gae", "q", "released"):
+        advantages = train_dvpo.dvpo_advantages(torch.zeros(1, 3), kl, mask, estimator, 1.0, 0.0, 0.1)
+        assert advantages[0, 0] < 0 < advantages[0, 1]
+
+
+def test_ppo_clip_by_hand():
+    old = torch.zeros(1, 4)
+    new = torch.tensor([1.5, 1.5, 0.5, 0.5]).log()[None]
+    advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
+    mask = torch.tensor([[True, True, True, True]])
+    loss, (_, clipped, ratio, _) = train_dvpo.ppo_clip_loss(new, old, advantages, mask, clip_coef=0.2)
+    assert loss.item() == pytest.approx(-(1.2 - 1.5 + 0.5 - 0.8))
+    assert clipped.item() == 4 and ratio.item() == pytest.approx(4.0)
+
+
+def test_value_report_by_hand():
+    """Two pairs: one ranked rightly at the end, one wrongly."""
+    values = torch.tensor([[0.0, 0.5, 1.0], [0.0, 0.5, -1.0], [0.0, 0.0, 0.1], [0.0, 0.4, 0.2]])
+    mask = torch.ones(4, 2, dtype=torch.bool)
+    report = common.value_report(
+        common.token_statistics(values, mask), torch.tensor([1.0, -1.0, 1.0, -1.0]), torch.tensor([[0, 1], [2, 3]])
+    )
+    assert report["pair_accuracy"]["last"] == 0.5
+    assert report["pair_accuracy"]["mean"] == 0.5
+    assert report["by_fraction"]["0"] == {"pair_accuracy": 0.5, "explained_variance": 0.0, "correlation": 0.0}
+    assert report["by_fraction"]["0.5"]["pair_accuracy"] == 0.25  # a tie and an error
+    assert report["by_fraction"]["1"]["correlation"] > 0

@@ -1,0 +1,107 @@
+"""Sampling and log-probs of a sharded policy."""
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+
+import common
+import train_dvpo
+
+
+@pytest.fixture
+def policy(processes, tiny_model):
+    tokenizer = common.load_tokenizer(tiny_model)
+    model = common.load_policy(tiny_model, tokenizer, torch.float32)
+    mesh = init_device_mesh("cpu", (1,))
+    return train_dvpo.add_token_logprobs(train_dvpo.shard(model, mesh, torch.float32))
+
+
+def rollout(policy, prompts, uniforms, temperature=1.0, end=1):
+    prompt_ids, prompt_mask = common.pad(prompts, 0, "left")
+    return train_dvpo.generate(policy, prompt_ids, prompt_mask, uniforms, torch.tensor([end]), 0, temperature)
+
+
+PROMPTS = [[3, 6, 7, 20, 4], [3, 6, 4], [3, 6, 9, 30, 40, 41, 4]]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_sampling_is_inverse_cdf_of_the_plain_models_distribution(policy, tiny_model, temperature):
+    """No top-k, no penalty, no effect of padding or cache: each token is what a plain forward pass says."""
+    uniforms = torch.rand(3, 12, generator=torch.Generator().manual_seed(0))
+    response_ids, response_mask = rollout(policy, PROMPTS, uniforms, temperature)
+    plain = common.load_policy(tiny_model, common.load_tokenizer(tiny_model), torch.float32)
+    for prompt, ids, mask, u in zip(PROMPTS, response_ids, response_mask, uniforms):
+        sequence = list(prompt)
+        for t in range(int(mask.sum())):
+            with torch.no_grad():
+                probs = torch.softmax(plain(torch.tensor([sequence])).logits[0, -1] / temperature, -1)
+            assert probs.cumsum(0)[ids[t]] > u[t] - 1e-4 and (probs.cumsum(0) - probs)[ids[t]] < u[t] + 1e-4
+            sequence.append(ids[t].item())
+
+
+def test_the_end_token_is_inside_the_mask_and_padding_is_not(policy):
+    uniforms = torch.rand(64, 30, generator=torch.Generator().manual_seed(1))
+    response_ids, response_mask = rollout(policy, [PROMPTS[0]] * 64, uniforms)
+    ends = (response_ids == 1) & response_mask
+    lengths = response_mask.sum(1)
+    assert ends.any() and (lengths[~ends.any(1)] == 30).all()  # some answers end, the others are cut
+    for ids, mask, length in zip(response_ids, response_mask, lengths):
+        assert mask[:length].all() and not mask[length:].any() and (ids[length:] == 0).all()
+        assert not (ids[: length - 1] == 1).any()
+
+
+def test_padding_and_company_do_not_change_an_answer(policy):
+    uniforms = torch.rand(3, 12, generator=torch.Generator().manual_seed(2))
+    together, _ = rollout(policy, PROMPTS, uniforms)
+    for i, prompt in enumerate(PROMPTS):
+        alone, _ = rollout(policy, [prompt], uniforms[i : i + 1])
+        assert torch.equal(alone[0], together[i])
+
+
+def test_generation_follows_an_optimizer_step(policy):
+    """Weights left gathered would make the next rollout and the next training step use stale ones."""
+    uniforms = torch.rand(3, 12, generator=torch.Generator().manual_seed(3))
+    before, _ = rollout(policy, PROMPTS, uniforms)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.02)
+    batch = common.pad_batch(PROMPTS, [[50, 51]] * 3, 0, "cpu")
+    losses = []
+    for _ in range(2):
+        loss = -policy.token_logprobs(**batch, temperature=1.0)[0].sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        after, _ = rollout(policy, PROMPTS, uniforms)
+    assert losses[1] < losses[0] and not torch.equal(before, after)
+
+
+def test_log_probs_equal_the_plain_models(policy, tiny_model):
+    batch = common.pad_batch(PROMPTS, [[8, 9, 1], [10], [11, 12]], 0, "cpu")
+    logprobs, entropy = policy.token_logprobs(**batch, temperature=0.8)
+    plain = common.load_policy(tiny_model, common.load_tokenizer(tiny_model), torch.float32)
+    for i, (prompt, answer) in enumerate(zip(PROMPTS, [[8, 9, 1], [10], [11, 12]])):
+        logits = plain(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1] / 0.8
+        expected = torch.log_softmax(logits, -1)
+        for t, token in enumerate(answer):
+            assert logprobs[i, t].item() == pytest.approx(expected[t, token].item(), abs=2e-5)
+            assert entropy[i, t].item() == pytest.approx(-(expected[t].exp() @ expected[t]).item(), abs=2e-5)
+        assert logprobs[i, len(answer) :].eq(0).all()
+
+
+def test_the_kl_estimate_equals_the_exact_categorical_kl(policy, tiny_model):
+    """Averaged over every possible first token, log pi - log ref is KL(pi || ref), and positive."""
+    reference = common.load_policy(tiny_model, common.load_tokenizer(tiny_model), torch.float32)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    train_dvpo.add_token_logprobs(reference)
+    V = reference.config.vocab_size
+    batch = common.pad_batch([PROMPTS[0]] * V, [[token] for token in range(V)], 0, "cpu")
+    with torch.no_grad():
+        logprobs, _ = policy.token_logprobs(**batch, temperature=1.0)
+        ref_logprobs, _ = reference.token_logprobs(**batch, temperature=1.0)
+    estimate = (logprobs.exp() * (logprobs - ref_logprobs)).sum()
+    exact = torch.nn.functional.kl_div(ref_logprobs[:, 0], logprobs[:, 0], log_target=True, reduction="sum")
+    assert logprobs.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    assert estimate.item() == pytest.approx(exact.item(), abs=1e-6) and exact > 1e-3

@@ -1,0 +1,252 @@
+"""The real scripts at tiny sizes: end to end, one rank against two, one micro-batch against several."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, read_metrics, run_script
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+
+import common
+import train_dvpo
+import train_gvm
+
+SCRIPTS = ["sft", "train_gvm", "train_dvpo", "evaluate"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_lists_the_flags(script):
+    result = run_script(f"{script}.py", "--help")
+    assert result.returncode == 0 and "--output-dir" in result.stdout and "--response-length" in result.stdout
+
+
+@pytest.mark.parametrize("script", ["common", *SCRIPTS])
+def test_import_has_no_side_effect(script, tmp_path):
+    code = (
+        f"import sys; sys.argv = ['x', '--nonsense']; import {script}; import torch.distributed as d;"
+        "assert not d.is_initialized() and 'datasets' not in sys.modules; print('fine')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout == "fine\n", result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def load_weights(folder) -> dict:
+    from safetensors.torch import load_file
+
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def assert_same_run(a, b, keys, tolerance=2e-6):
+    """Equal metrics, update by update, and equal trained weights, up to float error."""
+    assert len(read_metrics(a)) == len(read_metrics(b))
+    for x, y in zip(read_metrics(a), read_metrics(b)):
+        for key in keys:
+            assert x[key] == pytest.approx(y[key], rel=1e-4, abs=tolerance), (x["step"], key)
+    weights = load_weights(b)
+    for name, tensor in load_weights(a).items():
+        torch.testing.assert_close(tensor, weights[name], rtol=1e-4, atol=tolerance, msg=name)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory, tiny_model):
+    """sft -> train_gvm (conditioned) -> train_dvpo -> evaluate, each by the command a user types."""
+    folder = tmp_path_factory.mktemp("chain")
+    size = ["--num-examples", 24, "--num-epochs", 1, "--batch-size", 16]
+    steps = [
+        ["sft.py", "--model-path", tiny_model, "--output-dir", folder / "sft", *size],
+        ["train_gvm.py", "--model-path", folder / "sft", "--output-dir", folder / "gvm", *size,
+         "--num-context-trajectories", 1, "--learning-rate", 0.01],
+        ["train_dvpo.py", "--model-path", folder / "sft", "--gvm-path", folder / "gvm", "--output-dir", folder / "dvpo",
+         "--num-updates", 2, "--rollout-batch-size", 8, "--num-epochs", 1, "--num-minibatches", 1, "--kl-target", 1],
+        ["evaluate.py", f"sft={folder / 'sft'}", f"dvpo={folder / 'dvpo'}", "--reference-path", folder / "sft",
+         "--gvm-path", folder / "gvm", "--output-dir", folder / "eval", "--num-prompts", 16],
+    ]  # fmt: skip
+    for step in steps:
+        result = run_script(*step)
+        assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+def test_outputs_load_and_tell_how_they_were_made(chain):
+    for name, auto in (
+        ("sft", AutoModelForCausalLM),
+        ("gvm", AutoModelForTokenClassification),
+        ("dvpo", AutoModelForCausalLM),
+    ):
+        folder = chain / name
+        model, info = auto.from_pretrained(folder, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert model.config.architectures == [type(model).__name__]
+        assert AutoTokenizer.from_pretrained(folder).chat_template
+        assert json.loads((folder / "args.json").read_text())["output_dir"] == str(folder)
+        assert "python " in (folder / "README.md").read_text() and list(folder.glob("*.py"))
+        assert not list(folder.glob("*.bin")) and not (folder / ".unfinished").exists()
+
+
+def test_the_policy_really_moved(chain):
+    before, after = load_weights(chain / "sft"), load_weights(chain / "dvpo")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_metrics_have_the_contracts_names(chain):
+    first, second = read_metrics(chain / "dvpo")
+    for key in ("objective/kl objective/entropy objective/non_score_reward objective/scores objective/gold "
+                "policy/approxkl policy/clipfrac policy/entropy loss/policy val/ratio val/ratio_var "
+                "val/response_length val/eos_rate optim/lr optim/grad_norm time/rollout time/score time/update "
+                "time/total time/tokens_per_sec time/peak_mem_gb").split():  # fmt: skip
+        assert isinstance(first[key], float), key
+    assert "gvm/loss" in read_metrics(chain / "gvm")[-1] and "gvm/pair_accuracy" in read_metrics(chain / "gvm")[-1]
+    assert second["objective/kl_coef"] != first["objective/kl_coef"]  # --kl-target adapts it
+    # Kept state is exactly on-policy at first: ratio 1, no clipping, no KL to old or reference policy.
+    assert first["val/ratio"] == pytest.approx(1, abs=1e-6) and abs(first["val/ratio_var"]) < 1e-6
+    assert first["policy/clipfrac"] == 0 and abs(first["policy/approxkl"]) < 1e-6 and abs(first["objective/kl"]) < 1e-5
+
+
+def test_evaluation_reports_every_policy_and_the_gvm(chain):
+    results = json.loads((chain / "eval" / "results.json").read_text())
+    for name in ("sft", "dvpo"):
+        row = results["policies"][name]
+        assert row["gold"]["low"] <= row["gold"]["mean"] <= row["gold"]["high"]
+        assert {"kl", "response_length", "eos_rate", "win_rate", "gvm_score"} <= row.keys()
+    assert results["policies"]["sft"]["kl"] == pytest.approx(0, abs=1e-5)
+    assert results["policies"]["sft"]["win_rate"]["mean"] == 0.5
+    assert set(results["gvm"]["pair_accuracy"]) == {"mean", "last", "p1", "p5", "p10", "p90", "p95", "p99"}
+    assert 0.7 < results["gvm"]["gold_pair_accuracy"] < 0.9
+    page = (chain / "eval" / "report.html").read_text()
+    assert "default-src 'none'" in page and "<script" not in page and "&lt;" not in page.split("<h2>")[1]
+
+
+def test_reports_escape_model_output(tmp_path):
+    import evaluate
+
+    row = {"gold": {"mean": 0.0, "low": 0.0, "high": 0.0}, "kl": 0.0, "response_length": 1.0, "eos_rate": 1.0}
+    payload = "<script>alert(1)</script>"
+    evaluate.write_html(
+        tmp_path / "report.html", {"policies": {payload: row}}, [["prompt", payload], [payload, payload]]
+    )
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page and page.count("&lt;script&gt;") == 4
+
+
+@pytest.mark.parametrize(
+    "name, extra",
+    [
+        ("two ranks", {"ranks": 2}),
+        ("four micro-batches", {"flags": ["--micro-batch-size", 4]}),
+        ("two replicas, small micro-batches, recomputed activations",
+         {"ranks": 2, "flags": ["--dp-replicate", 2, "--micro-batch-size", 2, "--gradient-checkpointing"]}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("script", ["sft", "train_gvm", "train_dvpo"])
+def test_ranks_and_micro_batches_do_not_change_a_run(
+    script, name, extra, tiny_model, tiny_gvm, tmp_path, same_run_cache
+):
+    flags = {
+        "sft": ["--model-path", tiny_model, "--num-examples", 32, "--num-epochs", 1, "--batch-size", 16],
+        "train_gvm": ["--model-path", tiny_model, "--num-examples", 16, "--num-epochs", 1, "--batch-size", 16,
+                      "--num-context-trajectories", 2],
+        "train_dvpo": ["--model-path", tiny_model, "--gvm-path", tiny_gvm, "--num-updates", 3,
+                       "--rollout-batch-size", 16],
+    }[script]  # fmt: skip
+    keys = {
+        "sft": ["loss/sft", "optim/grad_norm"],
+        "train_gvm": ["gvm/loss", "optim/grad_norm"],
+        "train_dvpo": ["loss/policy", "optim/grad_norm", "objective/kl", "objective/gold", "policy/approxkl",
+                       "objective/scores", "val/response_length", "policy/entropy"],
+    }[script]  # fmt: skip
+    if script not in same_run_cache:
+        same_run_cache[script] = tmp_path / "one"
+        result = run_script(f"{script}.py", *flags, "--output-dir", tmp_path / "one")
+        assert result.returncode == 0, result.stderr[-3000:]
+    result = run_script(f"{script}.py", *flags, *extra.get("flags", []), "--output-dir", tmp_path / "other",
+                        ranks=extra.get("ranks", 1))  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_same_run(same_run_cache[script], tmp_path / "other", keys)
+
+
+@pytest.fixture(scope="module")
+def same_run_cache():
+    return {}
+
+
+def test_early_stop_skips_the_rest_of_an_update(tiny_model, tiny_gvm, tmp_path):
+    """With a limit no step can keep, one optimizer step is made instead of four."""
+    folders = []
+    for limit in (None, 1e-12):
+        folder = tmp_path / str(limit)
+        train_dvpo.main(
+            train_dvpo.Args(
+                tiny_model,
+                tiny_gvm,
+                output_dir=str(folder),
+                num_updates=2,
+                rollout_batch_size=8,
+                learning_rate=0.05,
+                max_approx_kl=limit,
+            )  # fmt: skip
+        )
+        folders.append(read_metrics(folder))
+    assert folders[1][1]["policy/approxkl"] < folders[0][1]["policy/approxkl"]
+
+
+def test_advantage_estimators_lead_to_different_policies(tiny_model, tiny_gvm, tmp_path):
+    weights = []
+    for advantage in ("gae", "q", "released"):
+        folder = tmp_path / advantage
+        train_dvpo.main(train_dvpo.Args(tiny_model, tiny_gvm, output_dir=str(folder), num_updates=1,
+                                        rollout_batch_size=8, advantage=advantage))  # fmt: skip
+        weights.append(load_weights(folder)["model.layers.0.mlp.up_proj.weight"])
+    assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_dvpo_conditions_a_gvm_that_was_trained_so(tiny_model, tiny_gvm, tmp_path):
+    """The K in the GVM's config changes the values that the policy is judged by."""
+    tokenizer = common.load_tokenizer(tiny_gvm)
+    gvm = common.load_value_model(tiny_gvm, tokenizer, torch.float32, fresh_head=False)
+    gvm.config.num_context_trajectories, gvm.config.context_trajectory_length = 2, 32
+    gvm.save_pretrained(tmp_path / "gvm")
+    tokenizer.save_pretrained(tmp_path / "gvm")
+    scores = []
+    for path in (tiny_gvm, str(tmp_path / "gvm")):
+        folder = tmp_path / f"run{len(scores)}"
+        train_dvpo.main(train_dvpo.Args(tiny_model, path, output_dir=str(folder), num_updates=1, rollout_batch_size=8))
+        scores.append(read_metrics(folder)[0]["objective/scores"])
+    assert scores[0] != scores[1]
+
+
+@pytest.mark.parametrize("td_lambda", [0.0, 0.95])
+def test_the_gvm_approaches_the_exact_value_function(td_lambda, tiny_model, tmp_path):
+    """A policy that picks each of two words by a fair coin; what an answer is worth is known, so every value is."""
+    worth = {("dog", "dog"): 1.0, ("dog", "cat"): 0.0, ("cat", "dog"): -1.0, ("cat", "cat"): -2.0}
+    exact = {(): -0.5, ("dog",): 0.5, ("cat",): -1.5, **worth}
+    data = tmp_path / "answers.jsonl"
+    rows = [
+        {"prompt": "list two animals", "response": " ".join(words), "score": score} for words, score in worth.items()
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = train_gvm.Args(
+        tiny_model, str(data), str(tmp_path / "gvm"), num_epochs=1600, batch_size=8, learning_rate=5e-3,
+        label_source="score", td_lambda=td_lambda,
+    )  # fmt: skip
+    train_gvm.main(args)
+    tokenizer = common.load_tokenizer(args.output_dir)
+    gvm = common.load_value_model(args.output_dir, tokenizer, torch.float32, fresh_head=False)
+    prompts = common.tokenize_prompts(tokenizer, [[{"role": "user", "content": "list two animals"}]]) * 4
+    batch = common.pad_batch(prompts, common.tokenize_answers(tokenizer, [" ".join(w) for w in worth], 20), 0, "cpu")
+    scores = torch.tensor(list(worth.values()))
+    with torch.no_grad():
+        values = train_gvm.token_values(gvm, **batch) * scores.std() + scores.mean()  # (4, 4), undo standardising
+    for words, row in zip(worth, values):
+        for t in range(3):
+            assert row[t].item() == pytest.approx(exact[words[:t]], abs=0.15), (words[:t], td_lambda)
+        assert row[3].item() == pytest.approx(worth[words], abs=0.15)  # the end of the answer
