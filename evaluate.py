@@ -15,7 +15,7 @@ import html
 import json
 import random
 import types
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -202,7 +202,7 @@ def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, tem
         model.train(was_training)
         for unit in units:  # left gathered across an optimizer step, the next forward would use stale weights
             unit.reshard()
-            unit.set_reshard_after_forward(True, recurse=False)
+            unit.set_reshard_after_forward(unit is not model, recurse=False)  # FSDP2's default: all but the root
     return response_ids, response_mask
 
 
@@ -382,8 +382,8 @@ def main(args: Args) -> None:
     needs = "pairs" if args.gvm_path else "prompts"
     _, heldout = common.load_examples(args.dataset, needs)
     common.check(heldout, f"--dataset {args.dataset}: too few prompts, none is held out")
-    unique = list({str(example.prompt): example for example in heldout}.values())
-    _, prompts = common.fit_prompts(tokenizer, unique[: args.num_prompts], args.max_prompt_length)
+    heldout, tokens = common.fit_prompts(tokenizer, heldout, args.max_prompt_length)
+    prompts = list({str(example.prompt): ids for example, ids in zip(heldout, tokens)}.values())[: args.num_prompts]
     repeated = [prompt for prompt in prompts for _ in range(args.samples_per_prompt)]
     common.log(f"{len(prompts)} held-out prompts x {args.samples_per_prompt} answers")
 
@@ -392,7 +392,7 @@ def main(args: Args) -> None:
         return shard(model.eval().requires_grad_(False), mesh, dtype)
 
     reference = add_token_logprobs(frozen(common.load_policy(args.reference_path, tokenizer, dtype)))
-    gvm, results = None, {"policies": {}}
+    gvm, results = None, {"args": asdict(args), "policies": {}}
     if args.gvm_path:
         common.check_same_tokenizer(args.reference_path, tokenizer, args.gvm_path, common.load_tokenizer(args.gvm_path))
         gvm = common.load_value_model(args.gvm_path, tokenizer, dtype, fresh_head=False)

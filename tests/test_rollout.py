@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 import train_dvpo
@@ -73,6 +76,27 @@ def test_generation_follows_an_optimizer_step(policy):
         losses.append(loss.item())
         after, _ = rollout(policy, PROMPTS, uniforms)
     assert losses[1] < losses[0] and not torch.equal(before, after)
+
+
+class CollectiveCount(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.namespace == "c10d"
+        return function(*args, **(kwargs or {}))
+
+
+def test_weights_are_gathered_once_per_rollout_not_once_per_token(tiny_model):
+    """On one of two ranks whose other is fake: what is gathered is garbage, how often is not."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    model = common.load_policy(tiny_model, common.load_tokenizer(tiny_model), torch.float32)
+    policy = train_dvpo.shard(model, init_device_mesh("cpu", (2,)), torch.float32)
+    gathers = []
+    for length in (2, 12):
+        with CollectiveCount() as collectives:
+            rollout(policy, PROMPTS, torch.zeros(3, length) + 0.5, end=-1)
+        gathers.append(collectives.count)
+    assert gathers[0] == gathers[1] == 3  # two layers and the root
 
 
 def test_log_probs_equal_the_plain_models(policy, tiny_model):

@@ -1,0 +1,95 @@
+"""The README's results on the embedded task: the main job, the three advantage estimators, and conditioning on
+trajectories, each for several seeds. Resumable: a stage whose folder holds a model is not run again.
+
+    python tests/benchmarks/embedded.py --seeds 1 2 3            # about 40 minutes on two CPU cores
+
+Prints means over seeds with 95 % t-intervals and leaves everything in `--output-dir`.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).parents[2]
+T_QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+
+
+@dataclass
+class Args:
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """seeds of all stages"""
+    output_dir: str = "runs/embedded"
+    """folder for everything made"""
+
+
+def stage(script: str, folder: Path, *flags) -> None:
+    """Run one script into `folder`, unless that is done; notes its wall seconds, start-up included."""
+    if (folder / "seconds.json").exists():
+        return
+    start = time.perf_counter()
+    command = [sys.executable, ROOT / script, "--output-dir", folder.resolve(), *flags]
+    subprocess.run(list(map(str, command)), check=True)
+    (folder / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
+
+
+def run_seed(folder: Path, seed: int) -> None:
+    at = lambda name: str((folder / name).resolve())
+    base = ["--seed", seed, "--model-path", at("sft")]
+    stage("sft.py", folder / "sft", "--seed", seed)
+    stage("train_gvm.py", folder / "gvm", *base)
+    stage("train_dvpo.py", folder / "dvpo", *base, "--gvm-path", at("gvm"))
+    judge = ["--seed", seed, "--reference-path", at("sft")]
+    stage("evaluate.py", folder / "eval", f"sft={at('sft')}", f"dvpo={at('dvpo')}", *judge, "--gvm-path", at("gvm"))
+    for advantage in ("q", "released"):
+        stage("train_dvpo.py", folder / advantage, *base, "--gvm-path", at("gvm"), "--advantage", advantage)
+    stage("train_gvm.py", folder / "gvm_tau", *base, "--num-context-trajectories", 3)
+    stage("train_dvpo.py", folder / "dvpo_tau", *base, "--gvm-path", at("gvm_tau"))
+    policies = [f"{name}={at(name)}" for name in ("q", "released", "dvpo_tau")]
+    stage("evaluate.py", folder / "eval_more", *policies, *judge, "--gvm-path", at("gvm_tau"))
+
+
+def interval(values: list[float]) -> str:
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return f"{mean:.3f}"
+    half = T_QUANTILE[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:.3f} ± {half:.3f}"
+
+
+def main(args: Args) -> None:
+    folders = [Path(args.output_dir) / f"seed{seed}" for seed in args.seeds]
+    for folder, seed in zip(folders, args.seeds):
+        run_seed(folder, seed)
+    results = [{name: json.loads((folder / name / "results.json").read_text()) for name in ("eval", "eval_more")}
+               for folder in folders]  # fmt: skip
+    print(f"\nmean ± half of the 95 % t-interval over {len(folders)} seeds; every seed in brackets")
+    print("| policy | gold | KL | length |\n|---|---|---|---|")
+    for source, name in (("eval", "sft"), ("eval", "dvpo"), ("eval_more", "dvpo_tau"), ("eval_more", "q"),
+                         ("eval_more", "released")):  # fmt: skip
+        rows = [result[source]["policies"][name] for result in results]
+        gold = [row["gold"]["mean"] for row in rows]
+        print(f"| {name} | {interval(gold)} ({', '.join(f'{g:.3f}' for g in gold)}) | "
+              f"{interval([row['kl'] for row in rows])} | {interval([row['response_length'] for row in rows])} |")  # fmt: skip
+    for source, name in (("eval", "gvm"), ("eval_more", "gvm_tau")):
+        reports = [result[source]["gvm"] for result in results]
+        print(f"\n{name}: pair accuracy (last value) {interval([r['pair_accuracy']['last'] for r in reports])}, "
+              f"gold score itself {interval([r['gold_pair_accuracy'] for r in reports])}")  # fmt: skip
+        print("| answer seen | pair accuracy | explained variance | correlation with gold |\n|---|---|---|---|")
+        for fraction in reports[0]["by_fraction"]:
+            cells = [interval([r["by_fraction"][fraction][key] for r in reports])
+                     for key in ("pair_accuracy", "explained_variance", "gold_correlation")]  # fmt: skip
+            print(f"| {float(fraction):.0%} | {' | '.join(cells)} |")
+    seconds = [
+        sum(json.loads((f / s / "seconds.json").read_text()) for s in ("sft", "gvm", "dvpo", "eval")) for f in folders
+    ]
+    print(f"\nmain job: {interval(seconds)} s ({', '.join(f'{s:.0f}' for s in seconds)})")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
