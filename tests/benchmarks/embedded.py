@@ -29,23 +29,23 @@ class Args:
 
 
 def stage(script: str, folder: Path, *flags) -> None:
-    """Run one script into `folder`, unless that is done; notes its wall seconds, start-up included."""
-    if (folder / "seconds.json").exists():
-        return
-    start = time.perf_counter()
-    command = [sys.executable, ROOT / script, "--output-dir", folder.resolve(), *flags]
-    subprocess.run(list(map(str, command)), check=True)
-    (folder / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
+    """Run one script into `folder`, unless that is done."""
+    if not (folder / "model.safetensors").exists() and not (folder / "results.json").exists():
+        command = [sys.executable, ROOT / script, "--output-dir", folder.resolve(), *flags]
+        subprocess.run(list(map(str, command)), check=True)
 
 
 def run_seed(folder: Path, seed: int) -> None:
     at = lambda name: str((folder / name).resolve())
     base = ["--seed", seed, "--model-path", at("sft")]
+    fresh, start = not folder.exists(), time.perf_counter()
     stage("sft.py", folder / "sft", "--seed", seed)
     stage("train_gvm.py", folder / "gvm", *base)
     stage("train_dvpo.py", folder / "dvpo", *base, "--gvm-path", at("gvm"))
     judge = ["--seed", seed, "--reference-path", at("sft")]
     stage("evaluate.py", folder / "eval", f"sft={at('sft')}", f"dvpo={at('dvpo')}", *judge, "--gvm-path", at("gvm"))
+    if fresh:  # the main job: four scripts, start-up included
+        (folder / "main_job_seconds.json").write_text(json.dumps(time.perf_counter() - start))
     for advantage in ("q", "released"):
         stage("train_dvpo.py", folder / advantage, *base, "--gvm-path", at("gvm"), "--advantage", advantage)
     stage("train_gvm.py", folder / "gvm_tau", *base, "--num-context-trajectories", 3)
@@ -85,9 +85,7 @@ def main(args: Args) -> None:
             cells = [interval([r["by_fraction"][fraction][key] for r in reports])
                      for key in ("pair_accuracy", "explained_variance", "gold_correlation")]  # fmt: skip
             print(f"| {float(fraction):.0%} | {' | '.join(cells)} |")
-    seconds = [
-        sum(json.loads((f / s / "seconds.json").read_text()) for s in ("sft", "gvm", "dvpo", "eval")) for f in folders
-    ]
+    seconds = [json.loads((folder / "main_job_seconds.json").read_text()) for folder in folders]
     print(f"\nmain job: {interval(seconds)} s ({', '.join(f'{s:.0f}' for s in seconds)})")
 
 
