@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import jinja2
 import torch
 import torch.distributed as dist
 import transformers
@@ -41,11 +42,11 @@ def check(condition, message: str) -> None:
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turn a `UserError` into one line `error: ...` on stderr, by rank 0 alone, and exit code 2."""
+    """Turn a `UserError` into one line `error: ...` on stderr, by one rank per machine, and exit code 2."""
     try:
         yield
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
         sys.exit(2)
 
@@ -57,6 +58,8 @@ def init_processes() -> torch.device:
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        count = torch.cuda.device_count()
+        check(device.index < count, f"--nproc_per_node: process {device.index + 1}, but only {count} GPUs")
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:  # torchrun
@@ -356,13 +359,6 @@ def toy_examples(num_train: int = 16_000, num_heldout: int = 2_000, seed: int = 
     return tuple(splits)
 
 
-def toy_gold_mean(tokenizer, prompts, response_ids, response_mask) -> float:
-    """Mean gold score of sampled answers; `prompts` are token ids, `response_ids` and `response_mask` are `(B, R)`."""
-    texts = [tokenizer.decode(p, skip_special_tokens=True) for p in prompts]
-    answers = [tokenizer.decode(i[m], skip_special_tokens=True) for i, m in zip(response_ids, response_mask)]
-    return sum(map(toy_gold, texts, answers)) / len(texts)
-
-
 TOY_CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -557,7 +553,10 @@ def load_examples(dataset: str, needs: str, heldout_fraction: float = 0.05) -> t
                 check_example(example, needs)
             examples += fresh
         except Drop as reason:
-            dropped[str(reason)] += 1
+            if needs == "prompts" and "prompt" in columns and isinstance(row.get("prompt"), str):
+                examples.append(Example(to_messages(row["prompt"])))  # bad answers do not spoil a prompt
+            else:
+                dropped[str(reason)] += 1
         except (KeyError, TypeError, AttributeError) as error:
             dropped[f"malformed row ({type(error).__name__}: {error})"] += 1
     log(f"dataset {dataset}: {name} ({', '.join(columns)}), {len(rows)} rows, {len(examples)} examples")
@@ -583,12 +582,13 @@ def check_example(example: Example, needs: str) -> None:
         raise Drop("empty answer")
     if answers and example.chosen == example.rejected:
         raise Drop("chosen and rejected are identical")
-    if needs == "scores" and example.score_chosen is None:
+    scores = [example.score_chosen] if example.rejected is None else [example.score_chosen, example.score_rejected]
+    if needs == "scores" and None in scores:
         raise Drop("no score")
 
 
 # ---- Tokens ----------------------------------------------------------------------------------------------------------
-# For base models that come without one. The answer starts after a newline, so its first token is not fused to a colon.
+# For base models that come without one. An answer starts after a newline, so its first token is not fused to a colon.
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}### {{ message['role'].capitalize() }}:\n{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
@@ -604,7 +604,8 @@ def load_tokenizer(path: str):
     check(tokenizer.eos_token_id is not None, f"{path}: the tokenizer has no end-of-sequence token")
     if tokenizer.chat_template is None:
         log(f"{path}: no chat template; using '### User: ... ### Assistant: ...', saved with the trained model")
-        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+        begins = tokenizer.bos_token is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+        tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + DEFAULT_CHAT_TEMPLATE
     if tokenizer.pad_token_id is None:  # what is padding is told by position, never by id, so EOS serves
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -621,11 +622,15 @@ def end_of_turn_id(tokenizer) -> int:
     )
 
 
-def tokenize_prompts(tokenizer, prompts: list[list[dict]]) -> list[list[int]]:
-    """Token ids of chat-formatted prompts, up to where the answer starts."""
-    # The template writes its own BOS, hence add_special_tokens=False.
-    texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
-    return tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+def tokenize_prompt(tokenizer, prompt: list[dict]) -> list[int]:
+    """Token ids of a chat-formatted prompt, up to where the answer starts; empty where the template refuses it."""
+    try:  # Mistral's and Gemma's refuse system messages; Llama 3's writes today's date unless given one
+        text = tokenizer.apply_chat_template(
+            prompt, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024"
+        )
+    except jinja2.TemplateError:
+        return []
+    return tokenizer(text, add_special_tokens=False).input_ids  # the template writes its own BOS
 
 
 def tokenize_answers(tokenizer, answers: list[str], max_length: int) -> list[list[int]]:
@@ -643,11 +648,19 @@ def tokenize_answers(tokenizer, answers: list[str], max_length: int) -> list[lis
 
 def fit_prompts(tokenizer, examples: list[Example], max_length: int) -> tuple[list[Example], list[list[int]]]:
     """Examples whose prompt has at most `max_length` tokens, and those tokens; counts the others."""
-    tokens = tokenize_prompts(tokenizer, [example.prompt for example in examples])
-    kept = [i for i, ids in enumerate(tokens) if len(ids) <= max_length]
+    known = {}  # a prompt often stands in many examples
+    for example in examples:
+        key = str(example.prompt)
+        if key not in known:
+            known[key] = tokenize_prompt(tokenizer, example.prompt)
+    tokens = [known[str(example.prompt)] for example in examples]
+    kept = [i for i, ids in enumerate(tokens) if 0 < len(ids) <= max_length]
+    long = sum(len(ids) > max_length for ids in tokens)
+    refused = len(tokens) - len(kept) - long
+    reasons = f"{long} prompts longer than --max-prompt-length {max_length}, {refused} refused by the chat template"
     if len(kept) < len(tokens):
-        log(f"  dropped {len(tokens) - len(kept)}: prompt longer than --max-prompt-length {max_length}")
-    check(kept or not tokens, f"every prompt is longer than --max-prompt-length {max_length} tokens")
+        log(f"  dropped {reasons}")
+    check(kept or not tokens, f"no prompt is left: {reasons}")
     return [examples[i] for i in kept], [tokens[i] for i in kept]
 
 
@@ -774,6 +787,9 @@ def load_policy(path: str, tokenizer, dtype: torch.dtype):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
         model = load_pretrained(AutoModelForCausalLM, path, config=config, dtype=dtype, use_safetensors=True)
+    # What ends an answer travels with the checkpoint, whatever the base model's own generation settings were.
+    ends = sorted({end_of_turn_id(tokenizer), tokenizer.eos_token_id})
+    model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
     head = model.get_output_embeddings()
     check(getattr(head, "bias", None) is None, f"{path}: {config.model_type}'s output head has a bias: not supported")
     size = head.weight.shape[0]
@@ -785,7 +801,7 @@ def load_policy(path: str, tokenizer, dtype: torch.dtype):
 def load_value_model(path: str, tokenizer, dtype: torch.dtype, fresh_head: bool):
     """A token-classification model of width 1 without bias: one value per token.
 
-    `fresh_head` sets the head to zero (training from a language model); otherwise the checkpoint must have one.
+    `fresh_head` starts the head at zero where the checkpoint has none (a language model); without it there must be one.
     Raises `UserError` for architectures without such a head, a wrong width, or a missing head.
     """
     config = load_config(path, tokenizer)
@@ -802,19 +818,23 @@ def load_value_model(path: str, tokenizer, dtype: torch.dtype, fresh_head: bool)
     plain = isinstance(head, torch.nn.Linear) and head.bias is None
     check(plain, f"{path}: the token-classification head of {config.model_type} is not a plain `score` layer; use a "
                  "Llama, Qwen2, Qwen3, Mistral or Gemma model")  # fmt: skip
-    missing = [key for key in info["missing_keys"] if not (fresh_head and key == "score.weight")]
-    check(not missing, f"{path}: no value model, it lacks {', '.join(sorted(missing)[:3])}; `train_gvm.py` makes one")
-    if fresh_head:
+    if fresh_head and "score.weight" in info["missing_keys"]:
         torch.nn.init.zeros_(head.weight)
+        info["missing_keys"].remove("score.weight")
+    missing = info["missing_keys"]
+    check(not missing, f"{path}: no value model, it lacks {', '.join(sorted(missing)[:3])}; `train_gvm.py` makes one")
     decoder_layers(model)
     return model
 
 
 def check_same_tokenizer(policy_path: str, policy_tokenizer, value_path: str, value_tokenizer) -> None:
     """Raise `UserError` unless a value model reads a policy's tokens as the policy writes them."""
-    if policy_tokenizer.get_vocab() != value_tokenizer.get_vocab():
-        raise UserError(f"{value_path} and {policy_path} have different tokenizers ({len(value_tokenizer)} and "
-                        f"{len(policy_tokenizer)} tokens): train the GVM from the policy's own model")  # fmt: skip
+    pair = f"{value_path} and {policy_path} have different"
+    same = policy_tokenizer.get_vocab() == value_tokenizer.get_vocab()
+    sizes = f"{len(value_tokenizer)} and {len(policy_tokenizer)} tokens"
+    check(same, f"{pair} tokenizers ({sizes}): train the GVM from the policy's own model")
+    same = policy_tokenizer.chat_template == value_tokenizer.chat_template
+    check(same, f"{pair} chat templates: train the GVM from the policy's own model")
 
 
 # ---- Output folders --------------------------------------------------------------------------------------------------
@@ -865,7 +885,13 @@ class Run:
             return
         unfinished = self.folder / ".unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
+        if model.config.tie_word_embeddings:
+            state_dict.pop("lm_head.weight", None)  # it is the embedding, stored once
         model.save_pretrained(unfinished, state_dict=state_dict)
+        # transformers writes the dtype of the fp32 model that was trained, not that of what is saved.
+        config = json.loads((unfinished / "config.json").read_text())
+        config["dtype"] = str(next(iter(state_dict.values())).dtype).removeprefix("torch.")
+        (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         tokenizer.save_pretrained(unfinished)
         command = f"torchrun --nproc_per_node {dist.get_world_size()} " if dist.get_world_size() > 1 else "python "
         (unfinished / "README.md").write_text(

@@ -39,7 +39,7 @@ class Args:
     gvm_path: str | None = "runs/gvm"
     """global value model to examine: local folder or hub id; None for none"""
     dataset: str = "toy"
-    """"toy", a hub name or a local file or folder, each as NAME or NAME:SPLIT; its held-out part is used"""
+    """"toy", a hub name or a local file or folder: its held-out part; as NAME:SPLIT: all of that split"""
     output_dir: str = "runs/eval"
     """folder of results.json and report.html"""
 
@@ -132,7 +132,7 @@ def token_logprobs(model, input_ids, attention_mask, response_mask, temperature)
     """log pi(a_t | s_t) of every response token, and the policy's entropy there.
 
     `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`; returns two fp32 `(B, R)`, zero outside the mask.
-    Old, new and reference log-probs all come through here, so the first ratio of an update is exactly 1.
+    Old, new and reference log-probs all come through here, so the first ratio of an update is 1 up to float error.
     """
     R = response_mask.shape[1]
     hidden = model.base_model(
@@ -151,15 +151,27 @@ def shard(model, mesh, dtype: torch.dtype):
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in common.decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=precision)
-    return fully_shard(model, mesh=mesh, mp_policy=precision)
+    # After a forward pass the root stays whole for the backward pass, unless the model is frozen and none will come.
+    trained = any(parameter.requires_grad for parameter in model.parameters())
+    return fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=not trained)
 
 
-# Copied from train_dvpo.add_token_logprobs
-def add_token_logprobs(model):
-    """Make `token_logprobs` a method that FSDP treats like `forward`: the head's weight is whole inside it."""
-    model.token_logprobs = types.MethodType(token_logprobs, model)
-    register_fsdp_forward_method(model, "token_logprobs")
+# Copied from train_dvpo.add_methods
+def add_methods(model, *functions):
+    """Make functions of a model its methods that FSDP treats like `forward`: the head's weight is whole inside them."""
+    for function in functions:
+        setattr(model, function.__name__, types.MethodType(function, model))
+        register_fsdp_forward_method(model, function.__name__)
     return model
+
+
+# Copied from train_dvpo.next_token_logits
+def next_token_logits(model, tokens, attention_mask, positions, cache):
+    """Logits `(B, V)` after the last of `tokens (B, t)` in fp32, as `fused_logprobs` has them, and the grown cache."""
+    outputs = model.base_model(
+        tokens, attention_mask=attention_mask, position_ids=positions, past_key_values=cache, use_cache=True
+    )
+    return project(outputs.last_hidden_state[:, -1], model.get_output_embeddings().weight), outputs.past_key_values
 
 
 # Copied from train_dvpo.generate
@@ -187,9 +199,8 @@ def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, tem
         P = prompt_ids.shape[1]
         for t in range(R):
             seen = slice(0 if t == 0 else P + t - 1, P + t)
-            outputs = model(tokens, attention_mask=attention_mask[:, : P + t], position_ids=positions[:, seen],
-                            past_key_values=cache, use_cache=True, logits_to_keep=1)  # fmt: skip
-            cumulative = torch.softmax(outputs.logits[:, -1].float() / temperature, 1).cumsum(1)  # (B, V)
+            logits, cache = model.next_token_logits(tokens, attention_mask[:, : P + t], positions[:, seen], cache)
+            cumulative = torch.softmax(logits / temperature, 1).cumsum(1)  # (B, V)
             threshold = uniforms[:, t, None] * cumulative[:, -1:]
             sampled = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=cumulative.shape[1] - 1)
             response_ids[:, t] = torch.where(running, sampled, pad_id)
@@ -197,7 +208,7 @@ def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, tem
             running = running & ~torch.isin(sampled, end_ids)
             if not running.any():
                 break
-            tokens, cache = response_ids[:, t : t + 1], outputs.past_key_values
+            tokens = response_ids[:, t : t + 1]
     finally:
         model.train(was_training)
         for unit in units:  # left gathered across an optimizer step, the next forward would use stale weights
@@ -210,13 +221,14 @@ def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, tem
 def token_values(gvm, input_ids, attention_mask, response_mask) -> torch.Tensor:
     """Values `(B, R + 1)` in fp32: column 0 after the last prompt token, column t after response token t.
 
-    `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`.
+    `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`. The head computes in fp32: neighbouring values
+    differ by less than bf16 resolves, and advantages are those differences.
     """
     R = response_mask.shape[1]
-    logits = gvm(
+    hidden = gvm.base_model(
         input_ids, attention_mask=attention_mask, position_ids=common.position_ids(attention_mask), use_cache=False
-    ).logits  # (B, P + R, 1)
-    return logits[:, -R - 1 :, 0].float()
+    ).last_hidden_state[:, -R - 1 :]  # (B, R + 1, H)
+    return hidden.float() @ gvm.score.weight[0].float()
 
 
 # ---- Held-out answers of a dataset, behind their context -------------------------------------------------------------
@@ -249,16 +261,15 @@ def tokenize(
 
 
 # Copied from train_gvm.make_batch
-def make_batch(config, answers: list[Answer], pools: dict, key: str, pad_id: int, device) -> dict[str, torch.Tensor]:
-    """`input_ids attention_mask response_mask` of answers, each behind the prompt and, in front of that, as many
-    trajectories of its policy as the GVM's `config` says, drawn anew for every `key` from `pools[policy]`."""
+def make_batch(config, answers: list[Answer], pools: dict, key: str, vary: bool, pad_id: int, device) -> dict:
+    """`input_ids attention_mask response_mask` of answers, each behind its prompt and, in front of that, trajectories
+    of its policy: as many as the GVM's `config` says or, with `vary`, up to as many; drawn anew for every `key`."""
     prompts = [answer.prompt_ids for answer in answers]
     if config.num_context_trajectories:
         for i, answer in enumerate(answers):
             rng = random.Random(f"{key}/{answer.prompt_ids}/{answer.response_ids}")
-            drawn = common.draw_trajectories(
-                rng, pools[answer.policy], answer.prompt_ids, config.num_context_trajectories
-            )
+            k = rng.randint(0, config.num_context_trajectories) if vary else config.num_context_trajectories
+            drawn = common.draw_trajectories(rng, pools[answer.policy], answer.prompt_ids, k)
             prompts[i] = common.condition(answer.prompt_ids, drawn, config.context_trajectory_length)
     return common.pad_batch(prompts, [answer.response_ids for answer in answers], pad_id, device)
 
@@ -283,8 +294,8 @@ def heldout_statistics(
     mine = [answers[i % len(answers)] for i in range(rank * share, (rank + 1) * share)]
     parts = []
     for i in range(0, share, micro_batch_size):
-        batch = make_batch(gvm.config, mine[i : i + micro_batch_size], pools, "heldout", pad_id, device)
-        statistics = common.token_statistics(token_values(gvm, **batch), batch["response_mask"])
+        batch = make_batch(gvm.config, mine[i : i + micro_batch_size], pools, "heldout", False, pad_id, device)
+        statistics = common.token_statistics(gvm.token_values(**batch), batch["response_mask"])
         parts.append(torch.stack(list(statistics.values()), 1))
     table = common.all_gather(torch.cat(parts))[: len(answers)].cpu()  # (answers, statistics)
     return dict(zip(statistics, table.unbind(1)))
@@ -351,7 +362,8 @@ def write_html(path: Path, results: dict, samples: list[list[str]]) -> None:
         return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
 
     body = ["<h1>Evaluation</h1><h2>Policies</h2>", table(policy_table(results["policies"]))]
-    body += ["<p>95 % bootstrap intervals over prompts; win rate against the first policy, ties half.</p>"]
+    judge = next((row["win_rate"]["judge"] for row in results["policies"].values() if "win_rate" in row), "no judge")
+    body += [f"<p>95 % bootstrap intervals over prompts; win rate by {judge} against the first policy, ties half.</p>"]
     if "gvm" in results:
         body += ["<h2>Global value model</h2><pre>", html.escape(common.value_tables(results["gvm"])), "</pre>"]
     body += ["<h2>Samples</h2>", table(samples)]
@@ -379,11 +391,15 @@ def main(args: Args) -> None:
 
     # ---- 2 Data: held-out prompts, each several times ----------------------------------------------------------------
     tokenizer = common.load_tokenizer(args.reference_path)
-    needs = "pairs" if args.gvm_path else "prompts"
-    _, heldout = common.load_examples(args.dataset, needs)
-    common.check(heldout, f"--dataset {args.dataset}: too few prompts, none is held out")
+    train, heldout = common.load_examples(args.dataset, needs="prompts")
+    heldout = train + heldout if ":" in args.dataset else heldout
+    common.check(
+        heldout, f"--dataset {args.dataset}: none of its few prompts is held out; name a split to use all of it"
+    )
     heldout, tokens = common.fit_prompts(tokenizer, heldout, args.max_prompt_length)
-    prompts = list({str(example.prompt): ids for example, ids in zip(heldout, tokens)}.values())[: args.num_prompts]
+    unique = {str(example.prompt): (example, ids) for example, ids in zip(heldout, tokens)}
+    asked, prompts = zip(*list(unique.values())[: args.num_prompts])
+    questions = [example.prompt[-1]["content"] for example in asked for _ in range(args.samples_per_prompt)]
     repeated = [prompt for prompt in prompts for _ in range(args.samples_per_prompt)]
     common.log(f"{len(prompts)} held-out prompts x {args.samples_per_prompt} answers")
 
@@ -391,77 +407,78 @@ def main(args: Args) -> None:
     def frozen(model):
         return shard(model.eval().requires_grad_(False), mesh, dtype)
 
-    reference = add_token_logprobs(frozen(common.load_policy(args.reference_path, tokenizer, dtype)))
+    reference = add_methods(frozen(common.load_policy(args.reference_path, tokenizer, dtype)), token_logprobs)
+    end_ids = torch.tensor([common.end_of_turn_id(tokenizer), tokenizer.eos_token_id], device=device)
     gvm, results = None, {"args": asdict(args), "policies": {}}
     if args.gvm_path:
         common.check_same_tokenizer(args.reference_path, tokenizer, args.gvm_path, common.load_tokenizer(args.gvm_path))
         gvm = common.load_value_model(args.gvm_path, tokenizer, dtype, fresh_head=False)
         gvm.config.num_context_trajectories = getattr(gvm.config, "num_context_trajectories", 0)
-        gvm = frozen(gvm)
+        gvm = add_methods(frozen(gvm), token_values)
+
+    folder = Path(args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise common.UserError(f"--output-dir {folder}: cannot be written ({error.strerror})") from error
 
     # ---- 4 Policies --------------------------------------------------------------------------------------------------
     by_prompt = lambda x: x.double().view(len(prompts), args.samples_per_prompt)
-    texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in repeated]
-    baseline, samples = (
-        None,
-        [["prompt", *paths]] + [[texts[i * args.samples_per_prompt]] for i in range(min(10, len(prompts)))],
-    )
+    samples = [["prompt", *paths], *([q] for q in questions[:: args.samples_per_prompt][:10])]
+    baseline = None
     for name, path in paths.items():
-        policy_tokenizer = common.load_tokenizer(path)
-        common.check_same_tokenizer(args.reference_path, tokenizer, path, policy_tokenizer)
-        policy = add_token_logprobs(frozen(common.load_policy(path, tokenizer, dtype)))
-        end_ids = torch.tensor([common.end_of_turn_id(policy_tokenizer), tokenizer.eos_token_id], device=device)
+        common.check_same_tokenizer(args.reference_path, tokenizer, path, common.load_tokenizer(path))
+        policy = frozen(common.load_policy(path, tokenizer, dtype))
+        policy = add_methods(policy, token_logprobs, next_token_logits)
         answers = sample(policy, reference, gvm, repeated, end_ids, tokenizer.pad_token_id, device, args)
-        responses = [
-            tokenizer.decode(ids[mask], skip_special_tokens=True)
-            for ids, mask in zip(answers["response_ids"], answers["response_mask"])
-        ]
+        rows = zip(answers["response_ids"], answers["response_mask"])
+        texts = [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in rows]
         row = results["policies"][name] = {"path": path}
-        judge = None
+        verdicts = {}
         if gvm is not None:
-            judge = by_prompt(answers["scores"])
-            row["gvm_score"] = interval(judge)
+            verdicts["gvm_score"] = by_prompt(answers["scores"])
         if args.dataset == "toy":
-            judge = by_prompt(torch.tensor([common.toy_gold(p, r) for p, r in zip(texts, responses)]))
-            row["gold"] = interval(judge)
+            verdicts["gold"] = by_prompt(torch.tensor(list(map(common.toy_gold, questions, texts))))
+        row.update({judge: interval(verdict) for judge, verdict in verdicts.items()})
         row["kl"] = answers["kl"].mean().item()
         row["response_length"] = answers["response_mask"].sum(1).double().mean().item()
         row["eos_rate"] = answers["ended"].double().mean().item()
-        if judge is not None:
-            baseline = judge if baseline is None else baseline
-            wins = (judge > baseline).double() + 0.5 * (judge == baseline).double()
-            row["win_rate"] = interval(wins)
-        for i, sampled in enumerate(samples[1:]):
-            sampled.append(responses[i * args.samples_per_prompt])
+        if verdicts:  # gold where there is one; a GVM is no impartial judge of a policy that was trained against it
+            judge, verdict = list(verdicts.items())[-1]
+            baseline = verdict if baseline is None else baseline
+            wins = (verdict > baseline).double() + 0.5 * (verdict == baseline).double()
+            row["win_rate"] = {**interval(wins), "judge": judge, "against": next(iter(paths))}
+        for table_row, text in zip(samples[1:], texts[:: args.samples_per_prompt]):
+            table_row.append(text)
         common.log(f"{name}: done")
 
-    # ---- 5 GVM -------------------------------------------------------------------------------------------------------
-    if gvm is not None:
-        judged, _ = tokenize(tokenizer, heldout, "preference", args.max_prompt_length, args.response_length)
+    # ---- 5 GVM: held-out pairs ---------------------------------------------------------------------------------------
+    rated = [e for e in heldout if e.chosen and e.rejected and e.chosen != e.rejected]
+    if gvm is not None and rated:
+        judged, _ = tokenize(tokenizer, rated, "preference", args.max_prompt_length, args.response_length)
+        known = all(answer.policy for answer in judged) or gvm.config.num_context_trajectories == 0
+        common.check(known, f"{args.gvm_path} is conditioned on trajectories, but {args.dataset} does not say who wrote"
+                     " each answer (chosen_policy, rejected_policy); use --gvm-path None")  # fmt: skip
         statistics = heldout_statistics(gvm, judged, tokenizer.pad_token_id, args.micro_batch_size, device)
         labels = torch.tensor([answer.label for answer in judged])
         pairs = torch.arange(len(judged)).view(-1, 2)
-        results["gvm"] = {"path": args.gvm_path, **common.value_report(statistics, labels, pairs)}
+        report = results["gvm"] = {"path": args.gvm_path, **common.value_report(statistics, labels, pairs)}
         if args.dataset == "toy":  # the same against the exact score, and how well that itself predicts the preferences
-            sides = [(e.prompt[-1]["content"], answer) for e in heldout for answer in (e.chosen, e.rejected)]
-            gold = torch.tensor([common.toy_gold(*side) for side in sides]).double()
-            against_gold = common.value_report(statistics, gold, pairs)["by_fraction"]
-            for fraction, row in results["gvm"]["by_fraction"].items():
-                row["gold_correlation"] = against_gold[fraction]["correlation"]
-            results["gvm"]["gold_pair_accuracy"] = common.value_report({**statistics, "last": gold}, gold, pairs)[
-                "pair_accuracy"
-            ]["last"]
+            gold = [common.toy_gold(e.prompt[-1]["content"], text) for e in rated for text in (e.chosen, e.rejected)]
+            gold = torch.tensor(gold, dtype=torch.float64)
+            for fraction, row in report["by_fraction"].items():
+                row["gold_correlation"] = common.correlation(statistics[f"at_{fraction}"], gold)
+            differences = gold.view(-1, 2) @ torch.tensor([1.0, -1.0], dtype=torch.float64)
+            report["gold_pair_accuracy"] = (differences.sign() / 2 + 0.5).mean().item()
 
     # ---- 6 Report ----------------------------------------------------------------------------------------------------
     if dist.get_rank() == 0:
-        folder = Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         write_html(folder / "report.html", results, samples)
     table = policy_table(results["policies"])
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     common.log("\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table))
-    if gvm is not None:
+    if "gvm" in results:
         common.log(f"\n{args.gvm_path} on held-out pairs:\n{common.value_tables(results['gvm'])}")
         if "gold_pair_accuracy" in results["gvm"]:
             common.log(f"pair accuracy of the gold score itself: {results['gvm']['gold_pair_accuracy']:.3f}")

@@ -138,7 +138,7 @@ def token_logprobs(model, input_ids, attention_mask, response_mask, temperature)
     """log pi(a_t | s_t) of every response token, and the policy's entropy there.
 
     `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`; returns two fp32 `(B, R)`, zero outside the mask.
-    Old, new and reference log-probs all come through here, so the first ratio of an update is exactly 1.
+    Old, new and reference log-probs all come through here, so the first ratio of an update is 1 up to float error.
     """
     R = response_mask.shape[1]
     hidden = model.base_model(
@@ -158,14 +158,17 @@ def shard(model, mesh, dtype: torch.dtype):
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in common.decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=precision)
-    return fully_shard(model, mesh=mesh, mp_policy=precision)
+    # After a forward pass the root stays whole for the backward pass, unless the model is frozen and none will come.
+    trained = any(parameter.requires_grad for parameter in model.parameters())
+    return fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=not trained)
 
 
-# Copied from train_dvpo.add_token_logprobs
-def add_token_logprobs(model):
-    """Make `token_logprobs` a method that FSDP treats like `forward`: the head's weight is whole inside it."""
-    model.token_logprobs = types.MethodType(token_logprobs, model)
-    register_fsdp_forward_method(model, "token_logprobs")
+# Copied from train_dvpo.add_methods
+def add_methods(model, *functions):
+    """Make functions of a model its methods that FSDP treats like `forward`: the head's weight is whole inside them."""
+    for function in functions:
+        setattr(model, function.__name__, types.MethodType(function, model))
+        register_fsdp_forward_method(model, function.__name__)
     return model
 
 
@@ -208,6 +211,7 @@ def main(args: Args) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dtype = common.compute_dtype(args.dtype, device)
     common.check_positive(args, "batch_size", "micro_batch_size", "num_epochs", "response_length")
+    common.check(args.num_examples is None or args.num_examples > 0, "--num-examples must be above 0")
     common.check_divides(world_size, "--batch-size", args.batch_size)
     common.check_divides(args.dp_replicate, "the number of processes,", world_size)
     mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
@@ -228,7 +232,7 @@ def main(args: Args) -> None:
     policy = common.load_policy(args.model_path, tokenizer, torch.float32)
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = add_token_logprobs(shard(policy, mesh, dtype)).train()
+    policy = add_methods(shard(policy, mesh, dtype), token_logprobs).train()
     num_updates = max(1, args.num_epochs * len(train_set) // args.batch_size)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     num_warmup = int(args.warmup_fraction * num_updates)

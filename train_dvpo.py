@@ -68,6 +68,8 @@ class Args:
     """tokens; longer answers are cut (released code: 640)"""
     temperature: float = 1.0
     """of sampling and of every log-prob (released code: 1)"""
+    rollout_micro_batch_size: int | None = None
+    """answers sampled at once (per rank); None is all; lower it when out of memory, results stay the same"""
 
     # Advantages
     advantage: Literal["gae", "q", "released"] = "gae"
@@ -162,7 +164,7 @@ def token_logprobs(model, input_ids, attention_mask, response_mask, temperature)
     """log pi(a_t | s_t) of every response token, and the policy's entropy there.
 
     `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`; returns two fp32 `(B, R)`, zero outside the mask.
-    Old, new and reference log-probs all come through here, so the first ratio of an update is exactly 1.
+    Old, new and reference log-probs all come through here, so the first ratio of an update is 1 up to float error.
     """
     R = response_mask.shape[1]
     hidden = model.base_model(
@@ -173,6 +175,20 @@ def token_logprobs(model, input_ids, attention_mask, response_mask, temperature)
     logprobs, entropy = fused_logprobs(hidden[response_mask], weight, labels, temperature)
     zeros = torch.zeros_like(response_mask, dtype=logprobs.dtype)
     return zeros.masked_scatter(response_mask, logprobs), zeros.masked_scatter(response_mask, entropy.detach())
+
+
+# Copied from train_gvm.token_values
+def token_values(gvm, input_ids, attention_mask, response_mask) -> torch.Tensor:
+    """Values `(B, R + 1)` in fp32: column 0 after the last prompt token, column t after response token t.
+
+    `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`. The head computes in fp32: neighbouring values
+    differ by less than bf16 resolves, and advantages are those differences.
+    """
+    R = response_mask.shape[1]
+    hidden = gvm.base_model(
+        input_ids, attention_mask=attention_mask, position_ids=common.position_ids(attention_mask), use_cache=False
+    ).last_hidden_state[:, -R - 1 :]  # (B, R + 1, H)
+    return hidden.float() @ gvm.score.weight[0].float()
 
 
 def dvpo_advantages(gvm_values, kl, mask, estimator: str, gamma: float, lam: float, kl_coef: float) -> torch.Tensor:
@@ -217,13 +233,16 @@ def shard(model, mesh, dtype: torch.dtype):
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in common.decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=precision)
-    return fully_shard(model, mesh=mesh, mp_policy=precision)
+    # After a forward pass the root stays whole for the backward pass, unless the model is frozen and none will come.
+    trained = any(parameter.requires_grad for parameter in model.parameters())
+    return fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=not trained)
 
 
-def add_token_logprobs(model):
-    """Make `token_logprobs` a method that FSDP treats like `forward`: the head's weight is whole inside it."""
-    model.token_logprobs = types.MethodType(token_logprobs, model)
-    register_fsdp_forward_method(model, "token_logprobs")
+def add_methods(model, *functions):
+    """Make functions of a model its methods that FSDP treats like `forward`: the head's weight is whole inside them."""
+    for function in functions:
+        setattr(model, function.__name__, types.MethodType(function, model))
+        register_fsdp_forward_method(model, function.__name__)
     return model
 
 
@@ -234,6 +253,14 @@ def full_state_dict(model, dtype: torch.dtype) -> dict:
 
 
 # ---- Rollout ---------------------------------------------------------------------------------------------------------
+def next_token_logits(model, tokens, attention_mask, positions, cache):
+    """Logits `(B, V)` after the last of `tokens (B, t)` in fp32, as `fused_logprobs` has them, and the grown cache."""
+    outputs = model.base_model(
+        tokens, attention_mask=attention_mask, position_ids=positions, past_key_values=cache, use_cache=True
+    )
+    return project(outputs.last_hidden_state[:, -1], model.get_output_embeddings().weight), outputs.past_key_values
+
+
 @torch.no_grad()  # not inference_mode: the next training step would raise
 def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, temperature: float):
     """Sample answers from a sharded policy without any communication per token.
@@ -258,9 +285,8 @@ def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, tem
         P = prompt_ids.shape[1]
         for t in range(R):
             seen = slice(0 if t == 0 else P + t - 1, P + t)
-            outputs = model(tokens, attention_mask=attention_mask[:, : P + t], position_ids=positions[:, seen],
-                            past_key_values=cache, use_cache=True, logits_to_keep=1)  # fmt: skip
-            cumulative = torch.softmax(outputs.logits[:, -1].float() / temperature, 1).cumsum(1)  # (B, V)
+            logits, cache = model.next_token_logits(tokens, attention_mask[:, : P + t], positions[:, seen], cache)
+            cumulative = torch.softmax(logits / temperature, 1).cumsum(1)  # (B, V)
             threshold = uniforms[:, t, None] * cumulative[:, -1:]
             sampled = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=cumulative.shape[1] - 1)
             response_ids[:, t] = torch.where(running, sampled, pad_id)
@@ -268,21 +294,13 @@ def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, tem
             running = running & ~torch.isin(sampled, end_ids)
             if not running.any():
                 break
-            tokens, cache = response_ids[:, t : t + 1], outputs.past_key_values
+            tokens = response_ids[:, t : t + 1]
     finally:
         model.train(was_training)
         for unit in units:  # left gathered across an optimizer step, the next forward would use stale weights
             unit.reshard()
             unit.set_reshard_after_forward(unit is not model, recurse=False)  # FSDP2's default: all but the root
     return response_ids, response_mask
-
-
-def show_samples(tokenizer, prompts, response_ids, response_mask, scores, count: int = 3) -> None:
-    """Print the first prompts with their answers and scores; control characters stay escaped."""
-    for prompt, ids, mask, score in zip(prompts[:count], response_ids, response_mask, scores):
-        question = tokenizer.decode(prompt, skip_special_tokens=True)
-        answer = tokenizer.decode(ids[mask], skip_special_tokens=True)
-        common.log(f"    {score.item():+.2f}  {question[-200:]!r} -> {answer[:300]!r}")
 
 
 def main(args: Args) -> None:
@@ -303,21 +321,21 @@ def main(args: Args) -> None:
     common.check_same_tokenizer(args.model_path, tokenizer, args.gvm_path, common.load_tokenizer(args.gvm_path))
     examples, _ = common.load_examples(args.dataset, needs="prompts")
     unique = list({str(example.prompt): example for example in examples}.values())
-    _, all_prompts = common.fit_prompts(tokenizer, unique, args.max_prompt_length)
+    unique, all_prompts = common.fit_prompts(tokenizer, unique, args.max_prompt_length)
     common.log(f"{len(all_prompts)} prompts, the first: {tokenizer.decode(all_prompts[0])!r}")
     end_ids = torch.tensor([common.end_of_turn_id(tokenizer), tokenizer.eos_token_id], device=device)
 
     # ---- 3 Models: one trained, two frozen ---------------------------------------------------------------------------
-    policy = common.load_policy(args.model_path, tokenizer, torch.float32)
+    policy = common.load_policy(args.model_path, tokenizer, torch.float32).train()
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = add_methods(shard(policy, mesh, dtype), token_logprobs, next_token_logits)
     reference = common.load_policy(args.model_path, tokenizer, dtype).eval().requires_grad_(False)
+    reference = add_methods(shard(reference, mesh, dtype), token_logprobs)
     gvm = common.load_value_model(args.gvm_path, tokenizer, dtype, fresh_head=False).eval().requires_grad_(False)
+    gvm = add_methods(shard(gvm, mesh, dtype), token_values)
     num_trajectories = getattr(gvm.config, "num_context_trajectories", 0)  # the GVM says how it was trained
     trajectory_length = getattr(gvm.config, "context_trajectory_length", 0)
-    policy = add_token_logprobs(shard(policy, mesh, dtype)).train()
-    reference = add_token_logprobs(shard(reference, mesh, dtype))
-    gvm = shard(gvm, mesh, dtype)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
     scheduler = get_linear_schedule_with_warmup(optimizer, 0, args.num_updates)
 
@@ -330,12 +348,14 @@ def main(args: Args) -> None:
         # All randomness of an update comes from (seed, update) and is drawn for the whole batch, so it depends on no
         # earlier update and on no number of ranks.
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + update)
-        prompts = [all_prompts[i] for i in common.shuffled_batch(len(all_prompts), update, B, args.seed)]
+        drawn = common.shuffled_batch(len(all_prompts), update, B, args.seed)
+        prompts = [all_prompts[i] for i in drawn]
         prompt_ids, prompt_mask = (x.to(device) for x in common.pad(prompts, tokenizer.pad_token_id, "left"))  # (B, P)
         uniforms = torch.rand(B, args.response_length, generator=generator).to(device)
-        answers = generate(policy, prompt_ids[mine], prompt_mask[mine], uniforms[mine], end_ids,
-                           tokenizer.pad_token_id, args.temperature)  # fmt: skip
-        response_ids, response_mask = (common.all_gather(x) for x in answers)
+        rollouts = [generate(policy, prompt_ids[micro], prompt_mask[micro], uniforms[micro], end_ids,
+                             tokenizer.pad_token_id, args.temperature)
+                    for micro in mine.split(args.rollout_micro_batch_size or B)]  # fmt: skip
+        response_ids, response_mask = (common.all_gather(torch.cat(x)) for x in zip(*rollouts))
         longest = response_mask.sum(1).max()
         response_ids, response_mask = response_ids[:, :longest], response_mask[:, :longest]  # (B, R)
         input_ids = torch.cat([prompt_ids, response_ids], 1)  # (B, P + R)
@@ -348,8 +368,8 @@ def main(args: Args) -> None:
         if num_trajectories:  # tau: what this very policy has just answered to other prompts
             pool = [(prompt, ids[mask].tolist()) for prompt, ids, mask in zip(prompts, response_ids, response_mask)]
             rng = random.Random(f"{args.seed}/{update}")
-            drawn = [common.draw_trajectories(rng, pool, prompt, num_trajectories) for prompt in prompts]
-            gvm_prompts = [common.condition(prompt, d, trajectory_length) for prompt, d in zip(prompts, drawn)]
+            contexts = [common.draw_trajectories(rng, pool, prompt, num_trajectories) for prompt in prompts]
+            gvm_prompts = [common.condition(p, context, trajectory_length) for p, context in zip(prompts, contexts)]
         gvm_ids, gvm_mask = (x.to(device) for x in common.pad(gvm_prompts, tokenizer.pad_token_id, "left"))
         scored = []
         with torch.no_grad():
@@ -358,11 +378,11 @@ def main(args: Args) -> None:
                 batch = input_ids[micro], attention_mask[micro], mask, args.temperature
                 logprobs, _ = policy.token_logprobs(*batch)  # (micro, R)
                 ref_logprobs, _ = reference.token_logprobs(*batch)
-                full_mask = torch.cat([gvm_mask[micro], mask], 1)
-                values = gvm(torch.cat([gvm_ids[micro], response_ids[micro]], 1), attention_mask=full_mask,
-                             position_ids=common.position_ids(full_mask), use_cache=False).logits  # fmt: skip
-                values = values[:, gvm_ids.shape[1] - 1 :, 0].float()  # (micro, R + 1)
-                scored.append(torch.cat([logprobs, ref_logprobs, values], 1))
+                conditioned = torch.cat([gvm_ids[micro], response_ids[micro]], 1)
+                gvm_values = gvm.token_values(
+                    conditioned, torch.cat([gvm_mask[micro], mask], 1), mask
+                )  # (micro, R + 1)
+                scored.append(torch.cat([logprobs, ref_logprobs, gvm_values], 1))
         R = response_mask.shape[1]
         logprobs, ref_logprobs, gvm_values = common.all_gather(torch.cat(scored)).split([R, R, R + 1], 1)
         kl = logprobs - ref_logprobs  # (B, R) k1, zero outside the mask
@@ -426,12 +446,15 @@ def main(args: Args) -> None:
             "time/tokens_per_sec": lengths.sum().item() / seconds,
             "time/peak_mem_gb": common.peak_memory_gb(device),
         }
+        questions = [unique[i].prompt[-1]["content"] for i in drawn]
+        texts = [tokenizer.decode(ids[m], skip_special_tokens=True) for ids, m in zip(response_ids, response_mask)]
         if args.dataset == "toy":
-            metrics["objective/gold"] = common.toy_gold_mean(tokenizer, prompts, response_ids, response_mask)
+            metrics["objective/gold"] = sum(map(common.toy_gold, questions, texts)) / B
         shown = ("objective/gold", "objective/scores", "objective/kl", "val/response_length", "val/eos_rate")
         run.log(update, args.num_updates, metrics, shown)
         if update % args.sample_every == 0 or update == args.num_updates:
-            show_samples(tokenizer, prompts, response_ids, response_mask, scores)
+            for question, text, score in zip(questions[:3], texts, scores.tolist()):
+                common.log(f"    {score:+.2f}  {question[-200:]!r} -> {text[:300]!r}")
         if args.kl_target is not None:  # Section 2.2 of arXiv:1909.08593: proportional control, at most 2 % per update
             kl_coef *= 1 + 0.1 * min(max(sequence_kl / args.kl_target - 1, -0.2), 0.2)
 

@@ -17,6 +17,7 @@ Shapes: B sequences, P prompt tokens (left-padded, context included), R response
 
 import json
 import random
+import types
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
@@ -26,7 +27,7 @@ import torch.distributed as dist
 import tyro
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import get_linear_schedule_with_warmup
 
 import common
@@ -91,13 +92,14 @@ class Args:
 def token_values(gvm, input_ids, attention_mask, response_mask) -> torch.Tensor:
     """Values `(B, R + 1)` in fp32: column 0 after the last prompt token, column t after response token t.
 
-    `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`.
+    `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`. The head computes in fp32: neighbouring values
+    differ by less than bf16 resolves, and advantages are those differences.
     """
     R = response_mask.shape[1]
-    logits = gvm(
+    hidden = gvm.base_model(
         input_ids, attention_mask=attention_mask, position_ids=common.position_ids(attention_mask), use_cache=False
-    ).logits  # (B, P + R, 1)
-    return logits[:, -R - 1 :, 0].float()
+    ).last_hidden_state[:, -R - 1 :]  # (B, R + 1, H)
+    return hidden.float() @ gvm.score.weight[0].float()
 
 
 def td_loss(values, labels, mask, gamma: float, lam: float) -> torch.Tensor:
@@ -122,7 +124,18 @@ def shard(model, mesh, dtype: torch.dtype):
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in common.decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=precision)
-    return fully_shard(model, mesh=mesh, mp_policy=precision)
+    # After a forward pass the root stays whole for the backward pass, unless the model is frozen and none will come.
+    trained = any(parameter.requires_grad for parameter in model.parameters())
+    return fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=not trained)
+
+
+# Copied from train_dvpo.add_methods
+def add_methods(model, *functions):
+    """Make functions of a model its methods that FSDP treats like `forward`: the head's weight is whole inside them."""
+    for function in functions:
+        setattr(model, function.__name__, types.MethodType(function, model))
+        register_fsdp_forward_method(model, function.__name__)
+    return model
 
 
 # Copied from train_dvpo.full_state_dict
@@ -159,16 +172,15 @@ def tokenize(
     return answers, len(sides)
 
 
-def make_batch(config, answers: list[Answer], pools: dict, key: str, pad_id: int, device) -> dict[str, torch.Tensor]:
-    """`input_ids attention_mask response_mask` of answers, each behind the prompt and, in front of that, as many
-    trajectories of its policy as the GVM's `config` says, drawn anew for every `key` from `pools[policy]`."""
+def make_batch(config, answers: list[Answer], pools: dict, key: str, vary: bool, pad_id: int, device) -> dict:
+    """`input_ids attention_mask response_mask` of answers, each behind its prompt and, in front of that, trajectories
+    of its policy: as many as the GVM's `config` says or, with `vary`, up to as many; drawn anew for every `key`."""
     prompts = [answer.prompt_ids for answer in answers]
     if config.num_context_trajectories:
         for i, answer in enumerate(answers):
             rng = random.Random(f"{key}/{answer.prompt_ids}/{answer.response_ids}")
-            drawn = common.draw_trajectories(
-                rng, pools[answer.policy], answer.prompt_ids, config.num_context_trajectories
-            )
+            k = rng.randint(0, config.num_context_trajectories) if vary else config.num_context_trajectories
+            drawn = common.draw_trajectories(rng, pools[answer.policy], answer.prompt_ids, k)
             prompts[i] = common.condition(answer.prompt_ids, drawn, config.context_trajectory_length)
     return common.pad_batch(prompts, [answer.response_ids for answer in answers], pad_id, device)
 
@@ -191,8 +203,8 @@ def heldout_statistics(
     mine = [answers[i % len(answers)] for i in range(rank * share, (rank + 1) * share)]
     parts = []
     for i in range(0, share, micro_batch_size):
-        batch = make_batch(gvm.config, mine[i : i + micro_batch_size], pools, "heldout", pad_id, device)
-        statistics = common.token_statistics(token_values(gvm, **batch), batch["response_mask"])
+        batch = make_batch(gvm.config, mine[i : i + micro_batch_size], pools, "heldout", False, pad_id, device)
+        statistics = common.token_statistics(gvm.token_values(**batch), batch["response_mask"])
         parts.append(torch.stack(list(statistics.values()), 1))
     table = common.all_gather(torch.cat(parts))[: len(answers)].cpu()  # (answers, statistics)
     return dict(zip(statistics, table.unbind(1)))
@@ -204,6 +216,7 @@ def main(args: Args) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dtype = common.compute_dtype(args.dtype, device)
     common.check_positive(args, "batch_size", "micro_batch_size", "num_epochs", "response_length")
+    common.check(args.num_examples is None or args.num_examples > 0, "--num-examples must be above 0")
     common.check_divides(2 * world_size, "--batch-size", args.batch_size)  # the two answers of a pair stay together
     common.check_divides(args.dp_replicate, "the number of processes,", world_size)
     mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
@@ -240,7 +253,7 @@ def main(args: Args) -> None:
     gvm.config.context_trajectory_length = args.context_trajectory_length
     if args.gradient_checkpointing:
         gvm.gradient_checkpointing_enable({"use_reentrant": False})
-    gvm = shard(gvm, mesh, dtype).train()
+    gvm = add_methods(shard(gvm, mesh, dtype), token_values).train()
     num_updates = max(1, args.num_epochs * len(train_set) // args.batch_size)
     optimizer = torch.optim.AdamW(gvm.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     num_warmup = int(args.warmup_fraction * num_updates)
@@ -257,9 +270,9 @@ def main(args: Args) -> None:
         loss_sum = torch.zeros((), device=device)
         for i in range(0, len(mine), args.micro_batch_size):
             micro = mine[i : i + args.micro_batch_size]
-            batch = make_batch(gvm.config, micro, pools, f"{args.seed}/{update}", tokenizer.pad_token_id, device)
+            batch = make_batch(gvm.config, micro, pools, f"{args.seed}/{update}", True, tokenizer.pad_token_id, device)
             labels = torch.tensor([answer.label for answer in micro], device=device)  # (micro,)
-            values = token_values(gvm, **batch)  # (micro, R + 1)
+            values = gvm.token_values(**batch)  # (micro, R + 1)
             loss = td_loss(values, labels, batch["response_mask"], args.gamma, args.td_lambda)
             (loss * world_size / num_values).backward()  # FSDP averages over ranks, this wants the sum
             loss_sum += loss.detach()

@@ -44,7 +44,11 @@ DATASETS = [
     ("malformed JSON", json.dumps(PAIR) + "\n{oops\n", "line 2: malformed JSON"),
     ("rows that are lists", "[1, 2]\n", "rows must be JSON objects"),
     ("messages without role", [{**PAIR, "prompt": [{"content": "a"}]}], "1 x a message without a role"),
-    ("prompts too long", [{**PAIR, "prompt": "list two animals " * 200}], "longer than --max-prompt-length"),
+    (
+        "prompts too long",
+        [{**PAIR, "prompt": "list two animals " * 200}],
+        "1 prompts longer than --max-prompt-length 512",
+    ),
 ]
 
 

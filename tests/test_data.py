@@ -150,7 +150,7 @@ def test_drops_are_counted_with_reasons(tmp_path, capsys):
 def test_prompt_and_answer_tokens():
     tokenizer = common.toy_tokenizer()
     messages = [{"role": "user", "content": "list two animals, not the cat"}]
-    (prompt,) = common.tokenize_prompts(tokenizer, [messages])
+    prompt = common.tokenize_prompt(tokenizer, messages)
     assert tokenizer.decode(prompt) == "<user> list two animals, not the cat <assistant>"
     (answer,) = common.tokenize_answers(tokenizer, ["dog and cow."], 20)
     assert answer[-1] == tokenizer.eos_token_id
@@ -166,6 +166,33 @@ def test_the_end_of_a_turn_is_what_the_template_writes(tail, expected):
         "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}" + tail + "{% endif %}{% endfor %}"
     )
     assert tokenizer.convert_ids_to_tokens(common.end_of_turn_id(tokenizer)) == expected
+
+
+def test_a_base_model_without_template_keeps_its_first_token(tmp_path, tiny_model):
+    """The default template writes BOS where the tokenizer would, and only there."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = common.load_tokenizer(tiny_model)
+    tokenizer.chat_template = None
+    prompt = [{"role": "user", "content": "list two animals"}]
+    for begins in (False, True):
+        tokenizer.bos_token = "<user>"
+        if begins:
+            bos = tokenizer.bos_token_id
+            post = TemplateProcessing(single="<user> $A", pair="<user> $A $B", special_tokens=[("<user>", bos)])
+            tokenizer.backend_tokenizer.post_processor = post
+        tokenizer.save_pretrained(tmp_path / str(begins))
+        ids = common.tokenize_prompt(common.load_tokenizer(str(tmp_path / str(begins))), prompt)
+        assert (ids[0] == tokenizer.bos_token_id) == begins and ids.count(tokenizer.bos_token_id) == begins
+
+
+def test_prompts_that_the_template_refuses_are_dropped(capsys):
+    tokenizer = common.toy_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no system') if messages[0]['role'] == 'system' else 'list' }}"
+    bad = common.Example([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}])
+    good = common.Example([{"role": "user", "content": "b"}])
+    assert common.fit_prompts(tokenizer, [bad, good], 9)[0] == [good]
+    assert "1 refused by the chat template" in capsys.readouterr().out
 
 
 def test_padding_sides_and_masks():

@@ -16,7 +16,9 @@ def policy(processes, tiny_model):
     tokenizer = common.load_tokenizer(tiny_model)
     model = common.load_policy(tiny_model, tokenizer, torch.float32)
     mesh = init_device_mesh("cpu", (1,))
-    return train_dvpo.add_token_logprobs(train_dvpo.shard(model, mesh, torch.float32))
+    return train_dvpo.add_methods(
+        train_dvpo.shard(model, mesh, torch.float32), train_dvpo.token_logprobs, train_dvpo.next_token_logits
+    )
 
 
 def rollout(policy, prompts, uniforms, temperature=1.0, end=1):
@@ -91,6 +93,7 @@ def test_weights_are_gathered_once_per_rollout_not_once_per_token(tiny_model):
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     model = common.load_policy(tiny_model, common.load_tokenizer(tiny_model), torch.float32)
     policy = train_dvpo.shard(model, init_device_mesh("cpu", (2,)), torch.float32)
+    policy = train_dvpo.add_methods(policy, train_dvpo.next_token_logits)
     gathers = []
     for length in (2, 12):
         with CollectiveCount() as collectives:
@@ -119,7 +122,7 @@ def test_the_kl_estimate_equals_the_exact_categorical_kl(policy, tiny_model):
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    train_dvpo.add_token_logprobs(reference)
+    train_dvpo.add_methods(reference, train_dvpo.token_logprobs)
     V = reference.config.vocab_size
     batch = common.pad_batch([PROMPTS[0]] * V, [[token] for token in range(V)], 0, "cpu")
     with torch.no_grad():

@@ -93,6 +93,15 @@ def test_outputs_load_and_tell_how_they_were_made(chain):
         assert not list(folder.glob("*.bin")) and not (folder / ".unfinished").exists()
 
 
+def test_the_checkpoint_knows_its_end_and_its_dtype(tiny_model, tiny_gvm, tmp_path):
+    args = train_dvpo.Args(tiny_model, tiny_gvm, output_dir=str(tmp_path / "out"), num_updates=1, rollout_batch_size=8,
+                           dtype="bfloat16")  # fmt: skip
+    train_dvpo.main(args)
+    model = AutoModelForCausalLM.from_pretrained(args.output_dir)
+    assert model.dtype == torch.bfloat16 and model.generation_config.eos_token_id == [1]
+    assert read_metrics(args.output_dir)[0]["objective/kl"] == pytest.approx(0, abs=1e-5)  # bf16 on both sides
+
+
 def test_the_policy_really_moved(chain):
     before, after = load_weights(chain / "sft"), load_weights(chain / "dvpo")
     assert any(not torch.equal(before[name], after[name]) for name in before)
@@ -241,7 +250,7 @@ def test_the_gvm_approaches_the_exact_value_function(td_lambda, tiny_model, tmp_
     train_gvm.main(args)
     tokenizer = common.load_tokenizer(args.output_dir)
     gvm = common.load_value_model(args.output_dir, tokenizer, torch.float32, fresh_head=False)
-    prompts = common.tokenize_prompts(tokenizer, [[{"role": "user", "content": "list two animals"}]]) * 4
+    prompts = [common.tokenize_prompt(tokenizer, [{"role": "user", "content": "list two animals"}])] * 4
     batch = common.pad_batch(prompts, common.tokenize_answers(tokenizer, [" ".join(w) for w in worth], 20), 0, "cpu")
     scores = torch.tensor(list(worth.values()))
     with torch.no_grad():

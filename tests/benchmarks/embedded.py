@@ -74,8 +74,9 @@ def main(args: Args) -> None:
                          ("eval_more", "released")):  # fmt: skip
         rows = [result[source]["policies"][name] for result in results]
         gold = [row["gold"]["mean"] for row in rows]
-        print(f"| {name} | {interval(gold)} ({', '.join(f'{g:.3f}' for g in gold)}) | "
-              f"{interval([row['kl'] for row in rows])} | {interval([row['response_length'] for row in rows])} |")  # fmt: skip
+        seeds = ", ".join(f"{g:.3f}" for g in gold)
+        kl, length = ([row[key] for row in rows] for key in ("kl", "response_length"))
+        print(f"| {name} | {interval(gold)} ({seeds}) | {interval(kl)} | {interval(length)} |")
     for source, name in (("eval", "gvm"), ("eval_more", "gvm_tau")):
         reports = [result[source]["gvm"] for result in results]
         print(f"\n{name}: pair accuracy (last value) {interval([r['pair_accuracy']['last'] for r in reports])}, "

@@ -11,6 +11,7 @@ import json
 import random
 import subprocess
 import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,13 +88,13 @@ def main(args: Args) -> None:
     paths = {name: str((folder / name).resolve()) for name in ("model", "sft", "gvm", "gvm_tau", "dvpo", "eval")}
     data = ["--dataset", train_file, *LIMITS]
     run("sft.py", "--model-path", paths["model"], "--output-dir", paths["sft"], *data, "--num-epochs", 1,
-        "--batch-size", 32, "--micro-batch-size", 16, "--learning-rate", 1e-3)  # fmt: skip
+        "--num-examples", 2000, "--batch-size", 32, "--micro-batch-size", 16, "--learning-rate", 1e-3)  # fmt: skip
     gvm = ["train_gvm.py", "--model-path", paths["sft"], *data, "--num-epochs", 1, "--batch-size", 32,
            "--micro-batch-size", 16, "--learning-rate", 2e-4]  # fmt: skip
     run(*gvm, "--output-dir", paths["gvm"])
-    run(*gvm, "--output-dir", paths["gvm_tau"], "--num-context-trajectories", 3, "--context-trajectory-length", 96)
+    run(*gvm, "--output-dir", paths["gvm_tau"], "--num-context-trajectories", 3, "--context-trajectory-length", 64)
     run("train_dvpo.py", "--model-path", paths["sft"], "--gvm-path", paths["gvm"], "--output-dir", paths["dvpo"], *data,
-        "--num-updates", 20, "--rollout-batch-size", 32, "--micro-batch-size", 16, "--learning-rate", 1e-4)  # fmt: skip
+        "--num-updates", 10, "--rollout-batch-size", 32, "--micro-batch-size", 16, "--learning-rate", 1e-4)  # fmt: skip
 
     device = common.init_processes()
     examples = sum(common.load_examples(str(folder / "test.jsonl"), "pairs"), [])
@@ -111,6 +112,7 @@ def main(args: Args) -> None:
     rules = {"the longer answer wins": (lengths[:, 0] > lengths[:, 1]).float()}
     for name in ("gvm", "gvm_tau"):
         model = common.load_value_model(paths[name], tokenizer, torch.float32, fresh_head=False).eval()
+        model.token_values = types.MethodType(train_gvm.token_values, model)
         statistics = train_gvm.heldout_statistics(model, answers, tokenizer.pad_token_id, 16, device)
         for statistic in ("last", "mean"):
             values = statistics[statistic].view(-1, 2)
