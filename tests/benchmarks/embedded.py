@@ -70,8 +70,7 @@ def main(args: Args) -> None:
                for folder in folders]  # fmt: skip
     print(f"\nmean ± half of the 95 % t-interval over {len(folders)} seeds; every seed in brackets")
     print("| policy | gold | KL | length |\n|---|---|---|---|")
-    for source, name in (("eval", "sft"), ("eval", "dvpo"), ("eval_more", "dvpo_tau"), ("eval_more", "q"),
-                         ("eval_more", "released")):  # fmt: skip
+    for source, name in (("eval", "sft"), ("eval", "dvpo"), ("eval_more", "q"), ("eval_more", "released")):
         rows = [result[source]["policies"][name] for result in results]
         gold = [row["gold"]["mean"] for row in rows]
         seeds = ", ".join(f"{g:.3f}" for g in gold)
