@@ -261,15 +261,16 @@ def tokenize(
 
 
 # Copied from train_gvm.make_batch
-def make_batch(config, answers: list[Answer], pools: dict, key: str, vary: bool, pad_id: int, device) -> dict:
-    """`input_ids attention_mask response_mask` of answers, each behind its prompt and, in front of that, trajectories
-    of its policy: as many as the GVM's `config` says or, with `vary`, up to as many; drawn anew for every `key`."""
+def make_batch(config, answers: list[Answer], pools: dict, key: str, pad_id: int, device) -> dict[str, torch.Tensor]:
+    """`input_ids attention_mask response_mask` of answers, each behind its prompt and, in front of that, as many
+    trajectories of its policy as the GVM's `config` says, drawn anew for every `key`."""
     prompts = [answer.prompt_ids for answer in answers]
     if config.num_context_trajectories:
         for i, answer in enumerate(answers):
             rng = random.Random(f"{key}/{answer.prompt_ids}/{answer.response_ids}")
-            k = rng.randint(0, config.num_context_trajectories) if vary else config.num_context_trajectories
-            drawn = common.draw_trajectories(rng, pools[answer.policy], answer.prompt_ids, k)
+            drawn = common.draw_trajectories(
+                rng, pools[answer.policy], answer.prompt_ids, config.num_context_trajectories
+            )
             prompts[i] = common.condition(answer.prompt_ids, drawn, config.context_trajectory_length)
     return common.pad_batch(prompts, [answer.response_ids for answer in answers], pad_id, device)
 
@@ -294,7 +295,7 @@ def heldout_statistics(
     mine = [answers[i % len(answers)] for i in range(rank * share, (rank + 1) * share)]
     parts = []
     for i in range(0, share, micro_batch_size):
-        batch = make_batch(gvm.config, mine[i : i + micro_batch_size], pools, "heldout", False, pad_id, device)
+        batch = make_batch(gvm.config, mine[i : i + micro_batch_size], pools, "heldout", pad_id, device)
         statistics = common.token_statistics(gvm.token_values(**batch), batch["response_mask"])
         parts.append(torch.stack(list(statistics.values()), 1))
     table = common.all_gather(torch.cat(parts))[: len(answers)].cpu()  # (answers, statistics)

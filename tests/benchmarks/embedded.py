@@ -48,10 +48,14 @@ def run_seed(folder: Path, seed: int) -> None:
         (folder / "main_job_seconds.json").write_text(json.dumps(time.perf_counter() - start))
     for advantage in ("q", "released"):
         stage("train_dvpo.py", folder / advantage, *base, "--gvm-path", at("gvm"), "--advantage", advantage)
-    stage("train_gvm.py", folder / "gvm_tau", *base, "--num-context-trajectories", 3)
+    # As many updates more, with and without trajectories: both go on from the GVM above.
+    more = ["--seed", seed, "--model-path", at("gvm"), "--num-epochs", 3]
+    stage("train_gvm.py", folder / "gvm_long", *more)
+    stage("train_gvm.py", folder / "gvm_tau", *more, "--num-context-trajectories", 3)
     stage("train_dvpo.py", folder / "dvpo_tau", *base, "--gvm-path", at("gvm_tau"))
     policies = [f"{name}={at(name)}" for name in ("q", "released", "dvpo_tau")]
-    stage("evaluate.py", folder / "eval_more", *policies, *judge, "--gvm-path", at("gvm_tau"))
+    stage("evaluate.py", folder / "eval_more", *policies, *judge, "--gvm-path", at("gvm_long"))
+    stage("evaluate.py", folder / "eval_tau", f"sft={at('sft')}", *judge, "--gvm-path", at("gvm_tau"))
 
 
 def interval(values: list[float]) -> str:
@@ -66,8 +70,8 @@ def main(args: Args) -> None:
     folders = [Path(args.output_dir) / f"seed{seed}" for seed in args.seeds]
     for folder, seed in zip(folders, args.seeds):
         run_seed(folder, seed)
-    results = [{name: json.loads((folder / name / "results.json").read_text()) for name in ("eval", "eval_more")}
-               for folder in folders]  # fmt: skip
+    read = lambda folder, name: json.loads((folder / name / "results.json").read_text())
+    results = [{name: read(folder, name) for name in ("eval", "eval_more", "eval_tau")} for folder in folders]
     print(f"\nmean ± half of the 95 % t-interval over {len(folders)} seeds; every seed in brackets")
     print("| policy | gold | KL | length |\n|---|---|---|---|")
     for source, name in (("eval", "sft"), ("eval", "dvpo"), ("eval_more", "q"), ("eval_more", "released")):
@@ -76,7 +80,7 @@ def main(args: Args) -> None:
         seeds = ", ".join(f"{g:.3f}" for g in gold)
         kl, length = ([row[key] for row in rows] for key in ("kl", "response_length"))
         print(f"| {name} | {interval(gold)} ({seeds}) | {interval(kl)} | {interval(length)} |")
-    for source, name in (("eval", "gvm"), ("eval_more", "gvm_tau")):
+    for source, name in (("eval", "gvm"), ("eval_more", "gvm_long"), ("eval_tau", "gvm_tau")):
         reports = [result[source]["gvm"] for result in results]
         print(f"\n{name}: pair accuracy (last value) {interval([r['pair_accuracy']['last'] for r in reports])}, "
               f"gold score itself {interval([r['gold_pair_accuracy'] for r in reports])}")  # fmt: skip
