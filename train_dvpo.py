@@ -106,40 +106,37 @@ class FusedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, temperature, chunk_size):
-        outputs = []
-        for h, y in zip(hidden.split(chunk_size), labels.split(chunk_size)):
-            logits = project(h, weight).div_(temperature)  # (chunk, V)
-            chosen = logits.gather(1, y[:, None])[:, 0]
-            lse = logits.logsumexp(1)  # (chunk,)
-            entropy = lse - torch.softmax(logits, 1).mul_(logits).sum(1)
-            outputs.append(torch.stack([chosen - lse, lse, entropy]))
-        logprobs, lse, entropy = torch.cat(outputs, 1).unbind() if outputs else hidden.new_zeros(3, 0).unbind()
-        ctx.save_for_backward(hidden, weight, labels, lse, entropy)
+        logprobs = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))  # (N,)
+        entropy = torch.zeros_like(logprobs)
+        for start in range(0, len(hidden), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            log_softmax = torch.log_softmax(project(hidden[chunk], weight).div_(temperature), 1)  # (chunk, V)
+            logprobs[chunk] = log_softmax.gather(1, labels[chunk, None])[:, 0]
+            entropy[chunk] = -log_softmax.exp().mul_(log_softmax).sum(1)
+        ctx.save_for_backward(hidden, weight, labels)
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
-        ctx.set_materialize_grads(False)
-        return logprobs.clone(), entropy.clone()
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
 
     @staticmethod
-    def backward(ctx, grad_logprobs, grad_entropy):
-        hidden, weight, labels, lse, entropy = ctx.saved_tensors
+    def backward(ctx, grad_logprobs, _):
+        hidden, weight, labels = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=lse.dtype) if need_weight else None  # fp32 accumulator
+        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=grad_logprobs.dtype) if need_weight else None  # at least fp32
         for start in range(0, len(hidden), ctx.chunk_size):
             chunk = slice(start, start + ctx.chunk_size)
-            logprobs = project(hidden[chunk], weight).div_(ctx.temperature).sub_(lse[chunk, None])  # (chunk, V)
-            probs = logprobs.exp() if grad_entropy is not None else logprobs.exp_()
-            grad = torch.zeros_like(lse[chunk]) if grad_logprobs is None else grad_logprobs[chunk]
-            if grad_entropy is not None:  # dH/dlogits = -p (log p + H)
-                grad_logits = probs * (-grad[:, None] - grad_entropy[chunk, None] * (logprobs + entropy[chunk, None]))
-            else:  # dlogp_y/dlogits = onehot(y) - p
-                grad_logits = probs.mul_(-grad[:, None])
-            grad_logits.scatter_add_(1, labels[chunk, None], grad[:, None])
-            grad_logits = grad_logits.div_(ctx.temperature).to(weight.dtype)
+            h, y = hidden[chunk], labels[chunk, None]
+            g = -grad_logprobs[chunk, None] / ctx.temperature  # (chunk, 1)
+            residual = torch.softmax(project(h, weight).div_(ctx.temperature), 1)  # (chunk, V)
+            residual.scatter_add_(1, y, -torch.ones_like(g))  # p - onehot(y): minus the gradient of log p_y by logits
+            residual = residual.to(weight.dtype)
             if need_hidden:
-                grad_hidden[chunk] = grad_logits @ weight
-            if need_weight:
-                grad_weight += project(grad_logits.T, hidden[chunk].T)
+                grad_hidden[chunk] = g * (residual @ weight)
+            if need_weight and grad_weight.dtype == weight.dtype:
+                grad_weight.addmm_(residual.T, g * h)  # in place: no second (V, H)
+            elif need_weight:
+                grad_weight += project(residual.T, (g * h).to(h.dtype).T)
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
@@ -154,8 +151,9 @@ def project(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def fused_logprobs(hidden, weight, labels, temperature: float = 1.0, chunk_size: int = 256):
     """`log softmax(hidden @ weight.T / temperature)` at `labels`, and the entropy, never holding `(N, V)` logits.
 
-    `hidden (N, H)`, `weight (V, H)`, `labels (N,)`; returns `(logprobs, entropy)`, `(N,)` each in at least fp32, both
-    differentiable in `hidden` and `weight`. Extra memory: a few times `chunk_size` x V floats.
+    `hidden (N, H)`, `weight (V, H)`, `labels (N,)`; returns `(logprobs, entropy)`, `(N,)` each in at least fp32.
+    Log-probs are differentiable in `hidden` and `weight`; the entropy is for logging and is not. Extra memory: twice
+    `chunk_size` x V floats.
     """
     return FusedLogprobs.apply(hidden, weight, labels, temperature, chunk_size)
 
@@ -174,7 +172,7 @@ def token_logprobs(model, input_ids, attention_mask, response_mask, temperature)
     labels = input_ids[:, -R:][response_mask]  # (N,)
     logprobs, entropy = fused_logprobs(hidden[response_mask], weight, labels, temperature)
     zeros = torch.zeros_like(response_mask, dtype=logprobs.dtype)
-    return zeros.masked_scatter(response_mask, logprobs), zeros.masked_scatter(response_mask, entropy.detach())
+    return zeros.masked_scatter(response_mask, logprobs), zeros.masked_scatter(response_mask, entropy)
 
 
 # Copied from train_gvm.token_values
