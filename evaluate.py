@@ -78,6 +78,7 @@ class FusedLogprobs(torch.autograd.Function):
             log_softmax = torch.log_softmax(project(hidden[chunk], weight).div_(temperature), 1)  # (chunk, V)
             logprobs[chunk] = log_softmax.gather(1, labels[chunk, None])[:, 0]
             entropy[chunk] = -log_softmax.exp().mul_(log_softmax).sum(1)
+            del log_softmax  # or it would still be held while the next chunk's logits are made
         ctx.save_for_backward(hidden, weight, labels)
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
         ctx.mark_non_differentiable(entropy)
@@ -102,6 +103,7 @@ class FusedLogprobs(torch.autograd.Function):
                 grad_weight.addmm_(residual.T, g * h)  # in place: no second (V, H)
             elif need_weight:
                 grad_weight += project(residual.T, (g * h).to(h.dtype).T)
+            del residual
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
