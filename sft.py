@@ -180,7 +180,7 @@ def full_state_dict(model, dtype: torch.dtype) -> dict:
 
 
 # ---- Data and held-out loss ------------------------------------------------------------------------------------------
-def tokenize(tokenizer, examples: list[common.Example], both: bool, args: Args) -> list[common.Trajectory]:
+def demonstrations(tokenizer, examples: list[common.Example], both: bool, args: Args) -> list[common.Trajectory]:
     """(prompt ids, response ids) of the chosen answers, or of both answers of every pair."""
     examples, prompts = common.fit_prompts(tokenizer, examples, args.max_prompt_length)
     sides = ("chosen", "rejected") if both else ("chosen",)
@@ -223,8 +223,8 @@ def main(args: Args) -> None:
     tokenizer = common.load_tokenizer(args.model_path)
     examples, heldout = common.load_examples(args.dataset, needs="answers")
     both = args.answers == "both" or (args.answers == "auto" and args.dataset == "toy")
-    train_set = tokenize(tokenizer, examples[: args.num_examples], both, args)
-    heldout_set = tokenize(tokenizer, heldout[:512], both, args)
+    train_set = demonstrations(tokenizer, examples[: args.num_examples], both, args)
+    heldout_set = demonstrations(tokenizer, heldout[:512], both, args)
     common.log(f"{len(train_set)} answers to learn, {len(heldout_set)} held out; the first:")
     common.show_example(tokenizer, *train_set[0])
 
