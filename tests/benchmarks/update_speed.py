@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-ROUNDS, UPDATES = 5, 25
+ROUNDS, UPDATES = 3, 25
 
 
 def naive(num_updates: int) -> list[float]:
