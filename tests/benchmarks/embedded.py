@@ -1,7 +1,7 @@
 """The README's results on the embedded task: the main job, the three advantage estimators, and conditioning on
 trajectories, each for several seeds. Resumable: a stage whose folder holds a model is not run again.
 
-    python tests/benchmarks/embedded.py --seeds 1 2 3            # about 40 minutes on two CPU cores
+    python tests/benchmarks/embedded.py --seeds 1 2 3
 
 Prints means over seeds with 95 % t-intervals and leaves everything in `--output-dir`.
 """
@@ -52,8 +52,7 @@ def run_seed(folder: Path, seed: int) -> None:
     more = ["--seed", seed, "--model-path", at("gvm"), "--num-epochs", 3]
     stage("train_gvm.py", folder / "gvm_long", *more)
     stage("train_gvm.py", folder / "gvm_tau", *more, "--num-context-trajectories", 3)
-    stage("train_dvpo.py", folder / "dvpo_tau", *base, "--gvm-path", at("gvm_tau"))
-    policies = [f"{name}={at(name)}" for name in ("q", "released", "dvpo_tau")]
+    policies = [f"{name}={at(name)}" for name in ("q", "released")]
     stage("evaluate.py", folder / "eval_more", *policies, *judge, "--gvm-path", at("gvm_long"))
     stage("evaluate.py", folder / "eval_tau", f"sft={at('sft')}", *judge, "--gvm-path", at("gvm_tau"))
 
@@ -89,8 +88,9 @@ def main(args: Args) -> None:
             cells = [interval([r["by_fraction"][fraction][key] for r in reports])
                      for key in ("pair_accuracy", "explained_variance", "gold_correlation")]  # fmt: skip
             print(f"| {float(fraction):.0%} | {' | '.join(cells)} |")
-    seconds = [json.loads((folder / "main_job_seconds.json").read_text()) for folder in folders]
-    print(f"\nmain job: {interval(seconds)} s ({', '.join(f'{s:.0f}' for s in seconds)})")
+    timed = [folder / "main_job_seconds.json" for folder in folders]
+    seconds = [json.loads(file.read_text()) for file in timed if file.exists()]  # none where a seed was interrupted
+    print(f"\nmain job, seconds: {', '.join(f'{s:.0f}' for s in seconds)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The four stages on real preference pairs with policy columns, from nothing: a 7 M parameter model and its tokenizer
 are made from the text itself. Instructions are held out. Small on purpose: 1,200 training pairs, answers cut to 192
-tokens, about twenty minutes on two CPU cores.
+tokens.
 
     python tests/benchmarks/real_pairs.py PAIRS.jsonl.gz [--output-dir runs/real]
 
