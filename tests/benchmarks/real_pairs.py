@@ -87,7 +87,7 @@ def main(args: Args) -> None:
     texts = [row["prompt"] + row[side][-1]["content"] for row in rows if row["prompt"] not in test
              for side in ("chosen", "rejected")]  # fmt: skip
     make_model(texts, folder / "model")
-    paths = {name: str((folder / name).resolve()) for name in ("model", "sft", "gvm", "gvm_tau", "dvpo", "eval")}
+    paths = {name: str((folder / name).resolve()) for name in ("model", "sft", "gvm", "gvm_tau", "dvpo")}
     data = ["--dataset", train_file, *LIMITS]
     run("sft.py", "--model-path", paths["model"], "--output-dir", paths["sft"], *data, "--num-epochs", 1,
         "--num-examples", NUM_PAIRS, "--batch-size", 32, "--micro-batch-size", 16, "--learning-rate", 1e-3)  # fmt: skip
