@@ -193,13 +193,18 @@ def token_statistics(values: torch.Tensor, mask: torch.Tensor) -> dict[str, torc
     """
     tokens = values[:, 1:].double().masked_fill(~mask, math.nan)  # (B, R)
     lengths = mask.sum(1)  # (B,)
-    statistics = {"mean": tokens.nanmean(1), "last": values.double().gather(1, lengths[:, None])[:, 0]}
+    statistics = {"mean": tokens.nanmean(1), "last": last_values(values.double(), mask)}
     for p in PERCENTILES:
         statistics[f"p{p}"] = tokens.nanquantile(p / 100, dim=1)
     for f in FRACTIONS:
         column = (f * lengths).round().long()[:, None]  # (B, 1)
         statistics[f"at_{f:g}"] = values.double().gather(1, column)[:, 0]
     return statistics
+
+
+def last_values(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The value `(B,)` of each finished answer, of `values (B, R + 1)` and `mask (B, R)`; a reward model's score."""
+    return values.gather(1, mask.sum(1, keepdim=True))[:, 0]
 
 
 def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -798,21 +803,27 @@ def load_policy(path: str, tokenizer, dtype: torch.dtype):
     return model
 
 
-def load_value_model(path: str, tokenizer, dtype: torch.dtype, fresh_head: bool):
-    """A token-classification model of width 1 without bias: one value per token.
+def load_value_model(path: str, tokenizer, dtype: torch.dtype, fresh_head: bool,
+                     auto_class=AutoModelForTokenClassification):  # fmt: skip
+    """A model with a bias-free head of width 1: a token classifier (GVM, critic) or, by `auto_class`, a reward model.
 
     `fresh_head` starts the head at zero where the checkpoint has none (a language model); without it there must be one.
-    Raises `UserError` for architectures without such a head, a wrong width, or a missing head.
+    Either kind loads from the other's checkpoint. Raises `UserError` for architectures without such a head, a wrong
+    width, or a missing head.
     """
     config = load_config(path, tokenizer)
-    families = AutoModelForTokenClassification._model_mapping
+    families = auto_class._model_mapping
     if type(config) not in families:
         raise UserError(f"{path}: {config.model_type} has no token-classification head; use a Llama, Qwen2, Qwen3, "
                         "Mistral, Gemma or other family that AutoModelForTokenClassification knows")  # fmt: skip
     widths = getattr(config, "num_labels", 1)
-    check(fresh_head or widths == 1, f"{path}: the value head has {widths} outputs, expected 1; is it a GVM?")
+    check(
+        fresh_head or widths == 1,
+        f"{path}: the value head has {widths} outputs, expected 1; is it a GVM or a reward model?",
+    )
     config.num_labels, config.classifier_dropout, config.token_classification_bias = 1, 0.0, False
-    model, info = load_pretrained(AutoModelForTokenClassification, path, config=config, dtype=dtype,
+    config.pad_token_id = tokenizer.pad_token_id  # by which other code finds an answer's end
+    model, info = load_pretrained(auto_class, path, config=config, dtype=dtype,
                                   use_safetensors=True, output_loading_info=True)  # fmt: skip
     head = getattr(model, "score", None)
     plain = isinstance(head, torch.nn.Linear) and head.bias is None
@@ -822,7 +833,7 @@ def load_value_model(path: str, tokenizer, dtype: torch.dtype, fresh_head: bool)
         torch.nn.init.zeros_(head.weight)
         info["missing_keys"].remove("score.weight")
     missing = info["missing_keys"]
-    check(not missing, f"{path}: no value model, it lacks {', '.join(sorted(missing)[:3])}; `train_gvm.py` makes one")
+    check(not missing, f"{path}: no value or reward model, it lacks {', '.join(sorted(missing)[:3])}")
     decoder_layers(model)
     return model
 

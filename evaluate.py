@@ -464,6 +464,14 @@ def main(args: Args) -> None:
         labels = torch.tensor([answer.label for answer in judged])
         pairs = torch.arange(len(judged)).view(-1, 2)
         report = results["gvm"] = {"path": args.gvm_path, **common.value_report(statistics, labels, pairs)}
+        for name in sorted({answer.policy for answer in judged if answer.policy}):  # is the value global?
+            rows = torch.tensor([answer.policy == name for answer in judged])
+            report.setdefault("by_policy", {})[name] = {
+                "prompt_value": statistics["at_0"][rows].mean().item(),
+                "mean_value": statistics["last"][rows].mean().item(),
+                "mean_label": labels[rows].mean().item(),
+                "correlation": common.correlation(statistics["last"][rows], labels[rows].double()),
+            }
         if args.dataset == "toy":  # the same against the exact score, and how well that itself predicts the preferences
             gold = [common.toy_gold(e.prompt[-1]["content"], text) for e in rated for text in (e.chosen, e.rejected)]
             gold = torch.tensor(gold, dtype=torch.float64)
@@ -481,6 +489,10 @@ def main(args: Args) -> None:
     common.log("\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table))
     if "gvm" in results:
         common.log(f"\n{args.gvm_path} on held-out pairs:\n{common.value_tables(results['gvm'])}")
+        if "by_policy" in results["gvm"]:
+            rows = [f"{name[:24]:<24}" + "".join(f"{x:12.3f}" for x in row.values())
+                    for name, row in results["gvm"]["by_policy"].items()]  # fmt: skip
+            common.log("\n".join([f"{'written by':<24}prompt value  mean value  mean label correlation", *rows]))
         if "gold_pair_accuracy" in results["gvm"]:
             common.log(f"pair accuracy of the gold score itself: {results['gvm']['gold_pair_accuracy']:.3f}")
     common.log(f"wrote {args.output_dir}/results.json and {args.output_dir}/report.html")

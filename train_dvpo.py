@@ -340,7 +340,7 @@ def main(args: Args) -> None:
     scheduler = get_linear_schedule_with_warmup(optimizer, 0, args.num_updates)
 
     run = common.Run(args, __file__, args.track)
-    B, kl_coef = args.rollout_batch_size, args.kl_coef
+    B, kl_coef, warned = args.rollout_batch_size, args.kl_coef, False
     mine = torch.arange(B).chunk(world_size)[rank]  # the rows this rank rolls out and scores
     for update in range(1, args.num_updates + 1):
         # ---- 4 Rollout: each rank answers its share of the prompts, then all ranks hold all answers (a few MB) -------
@@ -419,7 +419,13 @@ def main(args: Args) -> None:
         # ---- 7 Log ---------------------------------------------------------------------------------------------------
         loss, approxkl, clipfrac, ratio, ratio_squared, entropy, grad_norm = torch.stack(steps).mean(0).tolist()
         lengths = response_mask.sum(1)  # (B,)
-        scores = gvm_values.gather(1, lengths[:, None])[:, 0]  # (B,) the GVM's judgement of the finished answer
+        scores = common.last_values(gvm_values, response_mask)  # (B,) the GVM's judgement of the finished answer
+        # Can the GVM still be trusted? It learned from answers that the reference, too, was trained on. Nothing in its
+        # values betrays an answer unlike those, but the reference's surprise does, nats per token.
+        surprise = -ref_logprobs.sum(1) / lengths  # (B,)
+        if update == 1:  # the policy still is the reference
+            usual_surprise = surprise.quantile(0.95)
+        off_support = (surprise > usual_surprise).float().mean().item()  # 0.05 if all is well
         ended = torch.isin(response_ids.gather(1, lengths[:, None] - 1)[:, 0], end_ids)  # (B,)
         sequence_kl = kl.sum(1).mean().item()
         seconds = time_rollout + time_score + time_update
@@ -429,6 +435,7 @@ def main(args: Args) -> None:
             "objective/non_score_reward": -kl_coef * sequence_kl,
             "objective/scores": scores.mean().item(),
             "objective/kl_coef": kl_coef,
+            "val/off_support": off_support,
             "policy/approxkl": approxkl,
             "policy/clipfrac": clipfrac,
             "policy/entropy": entropy,
@@ -455,6 +462,10 @@ def main(args: Args) -> None:
         if update % args.sample_every == 0 or update == args.num_updates:
             for question, text, score in zip(questions[:3], texts, scores.tolist()):
                 common.log(f"    {score:+.2f}  {question[-200:]!r} -> {text[:300]!r}")
+        if off_support > 0.5 and not warned:
+            warned = True
+            common.log(f"warning: {off_support:.0%} of the answers are less likely to the reference than 95 % of its own: the"
+                       " GVM has seen nothing like them and is probably being exploited; raise --kl-coef")  # fmt: skip
         if args.kl_target is not None:  # Section 2.2 of arXiv:1909.08593: proportional control, at most 2 % per update
             kl_coef *= 1 + 0.1 * min(max(sequence_kl / args.kl_target - 1, -0.2), 0.2)
 

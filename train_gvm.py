@@ -72,6 +72,8 @@ class Args:
     """discount per token (released code: 1)"""
     td_lambda: float = 0.95
     """0: one-step TD (the paper's loss), 1: Monte Carlo (released code: 0.95)"""
+    bt_coef: float = 0.1
+    """weight of a Bradley-Terry term on the last values of each pair (the paper and the released code have none: 0)"""
     num_context_trajectories: int = 0
     """K, other prompt/answer pairs by the same policy in front; needs policy columns (released code: 0)"""
     context_trajectory_length: int = 256
@@ -115,6 +117,12 @@ def td_loss(values, labels, mask, gamma: float, lam: float) -> torch.Tensor:
     # DEVIATION: the released code trains response tokens alone; the state before the first one is a baseline too.
     trained = torch.cat([torch.ones_like(mask[:, :1]), mask], 1)  # (B, R + 1)
     return 0.5 * ((values - returns)[trained] ** 2).sum()
+
+
+def bradley_terry_loss(scores) -> torch.Tensor:
+    """`-log P(chosen is preferred)` under Bradley-Terry, summed over pairs; `scores (2 M,)`: chosen, rejected, ..."""
+    chosen, rejected = scores.view(-1, 2).unbind(1)  # (M,)
+    return -torch.nn.functional.logsigmoid(chosen - rejected).sum()
 
 
 # ---- Sharding --------------------------------------------------------------------------------------------------------
@@ -230,6 +238,7 @@ def main(args: Args) -> None:
     examples, heldout = common.load_examples(args.dataset, needs)
     limits = args.label_source, args.max_prompt_length, args.response_length
     train_set, group = tokenize(tokenizer, examples[: args.num_examples], *limits)
+    common.check_divides(group, "--micro-batch-size", args.micro_batch_size)  # a pair is seen in one piece
     heldout_set, _ = tokenize(tokenizer, heldout, *limits)
     outcomes = torch.tensor([answer.label for answer in heldout_set])
     pairs = torch.arange(len(heldout_set)).view(-1, group)[:, : 2 if group == 2 else 0]  # (pairs, 2): good, bad
@@ -274,9 +283,14 @@ def main(args: Args) -> None:
             batch = make_batch(gvm.config, micro, pools, f"{args.seed}/{update}", tokenizer.pad_token_id, device)
             labels = torch.tensor([answer.label for answer in micro], device=device)  # (micro,)
             values = gvm.token_values(**batch)  # (micro, R + 1)
-            loss = td_loss(values, labels, batch["response_mask"], args.gamma, args.td_lambda)
-            (loss * world_size / num_values).backward()  # FSDP averages over ranks, this wants the sum
+            loss = td_loss(values, labels, batch["response_mask"], args.gamma, args.td_lambda) / num_values
             loss_sum += loss.detach()
+            if group == 2 and args.bt_coef:
+                # DEVIATION: a pair says which answer is better, and +1 and -1 make two absolute verdicts of it, blurred
+                # by the strength of the other answer. This term takes the pair as it is, on the finished answers.
+                last_values = common.last_values(values, batch["response_mask"])  # (micro,)
+                loss = loss + args.bt_coef * bradley_terry_loss(last_values) / len(groups)
+            (loss * world_size).backward()  # FSDP averages over ranks, this wants the sum
         grad_norm = torch.nn.utils.clip_grad_norm_(gvm.parameters(), args.max_grad_norm).full_tensor()
         optimizer.step()
         optimizer.zero_grad()
@@ -286,7 +300,7 @@ def main(args: Args) -> None:
         # ---- 5 Log ---------------------------------------------------------------------------------------------------
         seconds = common.clock(device) - start
         metrics = {
-            "gvm/loss": common.all_sum(loss_sum).item() / num_values,
+            "gvm/loss": common.all_sum(loss_sum).item(),
             "optim/lr": lr,
             "optim/grad_norm": grad_norm.item(),
             "time/total": seconds,

@@ -1,0 +1,345 @@
+"""The study: DVPO, PPO, DPO and GRPO on the embedded task, same start, prompts, answers per update and updates.
+
+    pip install -e '.[peers,report]'
+    python tests/benchmarks/study.py                     # resumable: what stands in --results is not run again
+    python tests/benchmarks/study.py --only base frontier
+    python tests/benchmarks/study_report.py              # tables and plots
+
+Every run appends one JSON line to `--results`, so a stopped study goes on where it was. Runs go through the real
+`main` of each script, `--num-workers` side by side, each on one core.
+"""
+
+import concurrent.futures
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import statistics
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # a core per run; read when torch is imported
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import tyro  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "peers")]
+
+EXPERIMENTS = ("tuning", "base", "frontier", "gvm", "advantage", "stability", "unreliable")
+COEFS = {  # of the KL to the reference: kl_coef (DVPO, PPO), beta (GRPO, DPO)
+    "dvpo": (0.2, 0.1, 0.05, 0.025, 0.0125),
+    "ppo": (0.8, 0.4, 0.2, 0.1, 0.05),
+    "grpo": (0.16, 0.08, 0.04, 0.02, 0.01),
+    "dpo": (1.0, 0.3, 0.1, 0.03, 0.01),
+}
+DEFAULT = {"dvpo": 0.05, "ppo": 0.2}
+RATES = (3e-5, 1e-4, 1e-3)  # beside the default 3e-4
+GVMS = {  # one thing changed in the value model
+    "td_lambda=0": {"td_lambda": 0.0},
+    "td_lambda=0.5": {"td_lambda": 0.5},
+    "td_lambda=0.9": {"td_lambda": 0.9},
+    "td_lambda=1": {"td_lambda": 1.0},
+    "bt_coef=0": {"bt_coef": 0.0},
+    "scores": {"label_source": "score", "bt_coef": 0.0},
+    "from RM": {"model_path": "rm"},
+    "1/16 of the pairs": {"num_examples": 1_000},
+    "1/4 of the pairs": {"num_examples": 4_000},
+    "1,500 updates more": {"model_path": "gvm", "num_epochs": 3},
+    "1,500 updates more, K=1": {"model_path": "gvm", "num_epochs": 3, "num_context_trajectories": 1},
+    "1,500 updates more, K=3": {"model_path": "gvm", "num_epochs": 3, "num_context_trajectories": 3},
+}
+ADVANTAGES = {
+    "q": {"advantage": "q"},
+    "released": {"advantage": "released"},
+    "gae_lambda=0": {"gae_lambda": 0.0},
+    "gae_lambda=0.5": {"gae_lambda": 0.5},
+    "gae_lambda=1": {"gae_lambda": 1.0},
+}
+
+
+TUNING_SEED = 100  # of runs that only choose settings
+TUNING = {  # beside the default: four settings more for every method
+    "dvpo": ({"learning_rate": 1e-4}, {"learning_rate": 6e-4}, {"gae_lambda": 1.0}, {"kl_coef": 0.1}),
+    "ppo": ({"learning_rate": 1e-4}, {"learning_rate": 6e-4}, {"critic_learning_rate": 3e-4}, {"value_clip_coef": 5.0}),
+    "grpo": ({}, {"learning_rate": 1e-4}, {"learning_rate": 6e-4}, {"num_generations": 4}, {"num_generations": 16}),
+    "dpo": ({}, {"learning_rate": 3e-5}, {"learning_rate": 3e-4}, {"learning_rate": 1e-3}, {"num_epochs": 2}),
+}
+
+
+@dataclass
+class Args:
+    only: tuple[str, ...] = EXPERIMENTS
+    """experiments to run; "base" is what all others start from and runs wherever it is missing"""
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """seeds of all stages"""
+    num_workers: int = 2
+    """runs side by side"""
+    results: str = str(Path(__file__).parent / "results" / "study.jsonl")
+    """file that every finished run is added to"""
+    output_dir: str = "runs/study"
+    """folder of the models"""
+
+
+@dataclass
+class Cell:
+    """One run: scripts with the arguments that differ from their defaults, and the policy to evaluate after them."""
+
+    experiment: str
+    method: str
+    setting: str
+    seed: int
+    stages: list[tuple[str, dict]]
+    policy: str | None
+    gvm: str | None = None
+    coef: float | None = None
+    extra: dict = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return f"{self.experiment}/{self.method}/{self.setting}/seed {self.seed}"
+
+
+def cells(experiment: str, seed: int) -> list[Cell]:
+    """The runs of one experiment and seed; paths are relative to the seed's folder."""
+
+    def train(method, setting, flags, gvm="gvm", **more):
+        name = f"{experiment}-{method}-{setting}".replace("/", "_").replace(" ", "_")
+        script = {"dvpo": "train_dvpo", "ppo": "train_ppo_baseline"}.get(method, method)
+        paths = {"dvpo": {"gvm_path": gvm}, "dpo": {}}.get(method, {"reward_path": "rm"})
+        return Cell(experiment, method, setting, seed, [(script, {**paths, "output_dir": name, **flags})], name, **more)
+
+    if experiment == "base":
+        sft = Cell("base", "sft", "default", seed, [("sft", {"model_path": "toy", "output_dir": "sft"})], "sft")
+        gvm = Cell("base", "gvm", "default", seed, [("train_gvm", {"output_dir": "gvm"})], None, "gvm")
+        dvpo = train("dvpo", "default", {}, coef=DEFAULT["dvpo"])
+        ppo = train("ppo", "default", {"reward_path": None, "reward_output_dir": "rm"}, coef=DEFAULT["ppo"])
+        return [sft, gvm, dvpo, ppo]
+    if experiment == "tuning":
+        name = lambda flags: ", ".join(f"{key}={value:g}" for key, value in flags.items()) or "default"
+        return [train(method, name(flags), flags) for method, tried in TUNING.items() for flags in tried]
+    if experiment == "frontier":
+        flag = {"dvpo": "kl_coef", "ppo": "kl_coef", "grpo": "beta", "dpo": "beta"}
+        return [train(method, f"{flag[method]}={coef:g}", {flag[method]: coef}, coef=coef)
+                for method in COEFS for coef in COEFS[method] if coef != DEFAULT.get(method)]  # fmt: skip
+    if experiment == "gvm":
+        made = []
+        for setting, flags in GVMS.items():
+            folder = "gvm-" + setting.replace("/", "_").replace(" ", "_")
+            cell = train("dvpo", setting, {}, gvm=folder, coef=DEFAULT["dvpo"])
+            cell.stages.insert(0, ("train_gvm", {"output_dir": folder, **flags}))
+            cell.gvm = folder
+            made.append(cell)
+        return made
+    if experiment == "advantage":
+        return [train("dvpo", setting, flags, coef=DEFAULT["dvpo"]) for setting, flags in ADVANTAGES.items()]
+    if experiment == "stability":
+        return [train(method, f"learning_rate={rate:g}", {"learning_rate": rate}, coef=DEFAULT[method])
+                for method in ("dvpo", "ppo") for rate in RATES]  # fmt: skip
+    # A GVM from a sixteenth of the pairs and nothing that holds the policy back: it will be exploited.
+    small = train("dvpo", "1/16 of the pairs, kl_coef=0", {"kl_coef": 0.0}, gvm="gvm-1_16_of_the_pairs", coef=0.0)
+    return [train("dvpo", "kl_coef=0", {"kl_coef": 0.0}, coef=0.0), small]
+
+
+# ---- One run ---------------------------------------------------------------------------------------------------------
+def mean_label_by_gold() -> dict[float, float]:
+    """E[label | gold] over the preference pairs: the true value, in the GVM's units, of an answer with that score."""
+    import common
+
+    labels: dict[float, list[int]] = {}
+    for example in common.toy_examples()[0]:
+        prompt = example.prompt[0]["content"]
+        for text, label in ((example.chosen, 1), (example.rejected, -1)):
+            labels.setdefault(common.toy_gold(prompt, text), []).append(label)
+    return {gold: statistics.mean(signs) for gold, signs in labels.items()}
+
+
+class Recorder:
+    """Compares the critic of a run, GVM or online, with what came of the very answers it judged, before it saw them.
+
+    It reads what `dvpo_advantages` or `ppo_advantages` is given, and the gold scores that are logged: the scripts stay
+    as they are. `windows` has a row per tenth of the run.
+    """
+
+    def __init__(self, module):
+        import torch
+
+        import common
+
+        self.updates, self.gold, true_value = [], [], mean_label_by_gold()
+        toy_gold, log = common.toy_gold, common.Run.log
+        name = "dvpo_advantages" if hasattr(module, "dvpo_advantages") else "ppo_advantages"
+        advantages = getattr(module, name)
+        self.undo = lambda: (setattr(module, name, advantages), setattr(common, "toy_gold", toy_gold),
+                             setattr(common.Run, "log", log))  # fmt: skip
+
+        def recorded_dvpo(values, kl, mask, *rest):
+            self.pending = values, None, mask
+            return advantages(values, kl, mask, *rest)
+
+        def recorded_ppo(values, scores, kl, mask, gamma, lam, kl_coef):
+            ahead = scores[:, None] - kl_coef * kl.flip(1).cumsum(1).flip(1)  # (B, R) return-to-go of this very answer
+            self.pending = values, torch.cat([ahead, scores[:, None]], 1), mask
+            return advantages(values, scores, kl, mask, gamma, lam, kl_coef)
+
+        def recorded_gold(prompt, answer):
+            self.gold.append(toy_gold(prompt, answer))
+            return self.gold[-1]
+
+        def recorded_log(run, *rest):
+            values, returns, mask = self.pending
+            if returns is None:
+                returns = torch.tensor([true_value[g] for g in self.gold])[:, None].expand_as(values)
+            self.updates.append((values, returns, mask, torch.tensor(self.gold)))
+            self.gold = []
+            return log(run, *rest)
+
+        setattr(module, name, recorded_dvpo if name == "dvpo_advantages" else recorded_ppo)
+        common.toy_gold, common.Run.log = recorded_gold, recorded_log
+
+    def windows(self) -> list[dict]:
+        import torch
+
+        import common
+
+        self.undo()
+        rows, width = [], math.ceil(len(self.updates) / 10)
+        for start in range(0, len(self.updates), width):
+            row = {"first_update": start + 1, "by_fraction": {}}
+            for fraction in common.FRACTIONS:
+                parts = []
+                for values, returns, mask, gold in self.updates[start : start + width]:
+                    # A critic has no use for the state after the last token: 100 % is the state before it.
+                    column = (fraction * (mask.sum(1) - 1)).round().long()[:, None]
+                    parts.append(torch.stack([values.gather(1, column)[:, 0], returns.gather(1, column)[:, 0], gold]))
+                value, actual, gold = torch.cat(parts, 1).double()
+                row["by_fraction"][f"{fraction:g}"] = {
+                    "rmse": (value - actual).square().mean().sqrt().item(),
+                    "bias": (value - actual).mean().item(),
+                    "explained_variance": common.explained_variance(value, actual),
+                    "gold_correlation": common.correlation(value, gold),
+                }
+            rows.append(row)
+        return rows
+
+
+def run_cell(cell: Cell, folder: str) -> dict:
+    """Train, evaluate, and return the row of results."""
+    import importlib
+    import random
+
+    import torch
+
+    torch.set_num_threads(1)
+    os.makedirs(folder, exist_ok=True)
+    os.chdir(folder)
+    row = {"key": cell.key, "experiment": cell.experiment, "method": cell.method, "setting": cell.setting,
+           "seed": cell.seed, "coef": cell.coef, "seconds": {}}  # fmt: skip
+    for script, flags in cell.stages:
+        final = Path(flags["output_dir"]) / "model.safetensors"
+        if final.exists() and script in ("sft", "train_gvm"):
+            continue  # another run of this seed has made it
+        random.seed(cell.seed)
+        torch.manual_seed(cell.seed)
+        module = importlib.import_module(script)
+        recorder = Recorder(module) if script in ("train_dvpo", "train_ppo_baseline") else None
+        start = time.perf_counter()
+        module.main(module.Args(**{"model_path": "sft", "seed": cell.seed, **flags}))
+        row["seconds"][script] = time.perf_counter() - start
+        if recorder:
+            row["critic"] = recorder.windows()
+    if cell.policy:
+        metrics = Path(cell.policy) / "metrics.jsonl"
+        updates = [json.loads(line) for line in metrics.read_text().splitlines()]
+        if "objective/gold" in updates[0]:
+            row["curve"] = curve(updates)
+            row["time"] = {phase: statistics.median(u[f"time/{phase}"] for u in updates)
+                           for phase in ("rollout", "score", "update", "total")}  # fmt: skip
+    import evaluate
+
+    policies = (f"policy={cell.policy or 'sft'}",)
+    out = Path(f"{cell.policy or cell.gvm}-eval")
+    evaluate.main(evaluate.Args(policies, "sft", cell.gvm, output_dir=str(out), seed=cell.seed,
+                                num_prompts=448 if cell.policy else 1))  # fmt: skip
+    results = json.loads((out / "results.json").read_text())
+    if cell.policy:
+        row["policy"] = results["policies"]["policy"]
+    if cell.gvm:
+        row["gvm"] = results["gvm"]
+    rm_metrics = Path("rm/metrics.jsonl")
+    if cell.method == "ppo" and cell.experiment == "base":
+        row["rm_pair_accuracy"] = json.loads(rm_metrics.read_text().splitlines()[-1])["rm/pair_accuracy"]
+    if cell.policy and cell.policy != "sft":
+        shutil.rmtree(cell.policy)
+    return row
+
+
+def curve(updates: list[dict]) -> dict[str, list[float]]:
+    """Means of some metrics over each twentieth of a run."""
+    width = math.ceil(len(updates) / 20)
+    parts = [updates[i : i + width] for i in range(0, len(updates), width)]
+    names = [name for name in ("objective/gold", "objective/scores", "objective/kl", "val/response_length",
+                               "policy/entropy", "critic/drift", "critic/explained_variance", "val/off_support")
+             if name in updates[0]]  # fmt: skip
+    return {"step": [part[-1]["step"] for part in parts],
+            **{name: [statistics.mean(u[name] for u in part) for part in parts] for name in names}}  # fmt: skip
+
+
+def run_job(job: list[Cell], folder: str, log_file: str) -> list[dict]:
+    """Cells that build on one another, in turn; what they print goes to `log_file`."""
+    import torch.distributed as dist
+
+    rows = []
+    with open(log_file, "a", buffering=1) as log:
+        sys.stdout = sys.stderr = log
+        for cell in job:
+            start = time.perf_counter()
+            try:
+                rows.append(run_cell(cell, folder))
+            except BaseException as error:  # the others go on; what failed is tried again by the next call
+                traceback.print_exc()
+                rows.append({"key": cell.key, "error": f"{type(error).__name__}: {error}"})
+                if dist.is_initialized():
+                    dist.destroy_process_group()
+            rows[-1]["wall"] = time.perf_counter() - start
+    return rows
+
+
+def main(args: Args) -> None:
+    results, output_dir = Path(args.results), Path(args.output_dir).resolve()
+    results.parent.mkdir(exist_ok=True)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    done = {json.loads(line)["key"] for line in results.read_text().splitlines()} if results.exists() else set()
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(args.num_workers, context) as pool:
+        seeds_of = lambda experiment: (TUNING_SEED,) if experiment == "tuning" else args.seeds
+        all_seeds = dict.fromkeys(seed for experiment in args.only for seed in seeds_of(experiment))
+        for base in (True, False):
+            jobs = []
+            for seed in all_seeds if base else ():  # what the others need is one job, made again where it is missing
+                made = (output_dir / f"seed{seed}" / "rm" / "model.safetensors").exists()
+                jobs.append([cell for cell in cells("base", seed) if not made or cell.key not in done])
+            for experiment in () if base else args.only:
+                todo = [cell for seed in seeds_of(experiment) for cell in cells(experiment, seed)]
+                jobs += [[cell] for cell in todo if cell.key not in done and experiment != "base"]
+            futures = {}
+            for i, job in enumerate(job for job in jobs if job):
+                folder = output_dir / f"seed{job[0].seed}"
+                log_file = output_dir / f"log-{'base' if base else 'more'}-{i}.txt"
+                futures[pool.submit(run_job, job, str(folder), str(log_file))] = job
+            for future in concurrent.futures.as_completed(futures):
+                for row in future.result():
+                    shown = row.get("error") or row.get("policy", {}).get("gold", {}).get("mean", "")
+                    print(f"{time.strftime('%H:%M:%S')}  {row['wall']:4.0f} s  {row['key']}  {shown}", flush=True)
+                    if "error" not in row and row["key"] not in done:
+                        done.add(row["key"])
+                        with open(results, "a") as file:
+                            file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

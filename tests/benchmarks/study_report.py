@@ -1,0 +1,245 @@
+"""Tables (Markdown) and plots (SVG) of what `study.py` has run.
+
+    python tests/benchmarks/study_report.py
+
+A point is the interquartile mean over seeds with its 95 % bootstrap interval over seeds, as arXiv:2108.13264 asks; with
+n seeds the interval of n draws with replacement. Runs that are missing are left out and counted.
+"""
+
+import json
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+FOLDER = Path(__file__).parent / "results"
+COLORS = {"dvpo": "#c0392b", "ppo": "#2471a3", "grpo": "#229954", "dpo": "#7d3c98", "sft": "#555555"}
+NAMES = {"dvpo": "DVPO", "ppo": "PPO", "grpo": "GRPO (TRL)", "dpo": "DPO (TRL)", "sft": "SFT"}
+
+
+@dataclass
+class Args:
+    results: str = str(FOLDER / "study.jsonl")
+    """what study.py has written"""
+    output_dir: str = str(FOLDER)
+    """folder of the plots"""
+
+
+def iqm(x: torch.Tensor) -> torch.Tensor:
+    """Interquartile mean over the last dimension: a quarter of the weight is cut from each end."""
+    n = x.shape[-1]
+    edges = torch.arange(n + 1, dtype=torch.float64) / n
+    weights = (edges[1:].clamp(max=0.75) - edges[:-1].clamp(min=0.25)).clamp(min=0)
+    return (x.sort(-1).values * weights).sum(-1) / weights.sum()
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """Interquartile mean and its 95 % bootstrap interval."""
+    x = torch.tensor(values, dtype=torch.float64)
+    drawn = torch.randint(len(x), (10_000, len(x)), generator=torch.Generator().manual_seed(0))
+    low, high = iqm(x[drawn]).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return iqm(x).item(), low, high
+
+
+def show(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.3f} (1 seed)"
+    middle, low, high = interval(values)
+    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def group(rows: list[dict], *experiments: str) -> dict[tuple[str, str], list[dict]]:
+    """(method, setting) -> rows of all seeds."""
+    groups = defaultdict(list)
+    for row in rows:
+        if row["experiment"] in experiments:
+            groups[row["method"], row["setting"]].append(row)
+    return groups
+
+
+def table(header: str, lines: list[list[str]]) -> None:
+    columns = header.split(" | ")
+    print("\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for line in lines:
+        print("| " + " | ".join(line) + " |")
+
+
+def policy_cells(group: list[dict]) -> list[str]:
+    policy = lambda key: [row["policy"][key] for row in group]
+    gold = [row["policy"]["gold"]["mean"] for row in group]
+    return [str(len(group)), show(gold), f"{min(gold):.3f}", show(policy("kl")), show(policy("response_length"))]
+
+
+# ---- Frontier --------------------------------------------------------------------------------------------------------
+def frontier(rows: list[dict], folder: Path, plt) -> None:
+    groups = group(rows, "base", "frontier")
+    points = defaultdict(list)
+    for (method, _), members in groups.items():
+        if "policy" in members[0]:
+            points[method].append(members)
+    print("\n## Gold score against KL, per KL coefficient")
+    lines = []
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    for method, settings in points.items():
+        settings.sort(key=lambda members: -(members[0]["coef"] or 0))
+        for members in settings:
+            seconds = [sum(row["seconds"].values()) for row in members]
+            coef = "-" if members[0]["coef"] is None else f"{members[0]['coef']:g}"
+            lines.append([NAMES[method], coef, *policy_cells(members), f"{sorted(seconds)[len(seconds) // 2]:.0f}"])
+        kl = [interval([row["policy"]["kl"] for row in members])[0] for members in settings]
+        gold = torch.tensor([interval([row["policy"]["gold"]["mean"] for row in members]) for members in settings])
+        bars = torch.stack([gold[:, 0] - gold[:, 1], gold[:, 2] - gold[:, 0]]).clamp(min=0)
+        axis.errorbar(kl, gold[:, 0], bars, marker="o", color=COLORS[method], label=NAMES[method], capsize=3, lw=1.5)
+    table("method | coefficient | seeds | gold | worst seed | KL | tokens | seconds (with evaluation's start)", lines)
+    axis.set(xlabel="KL to the SFT policy, nats per answer", ylabel="gold score (optimum 1)")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(folder / "frontier.svg", bbox_inches="tight")
+
+    print("\n## Gold at equal KL (linear between a seed's coefficients)")
+    lines = []
+    for kl in (0.5, 1.0, 1.5, 2.0, 3.0):
+        cells = [f"{kl:g}"]
+        for method in ("dvpo", "ppo", "grpo", "dpo"):
+            by_seed = defaultdict(list)
+            for members in points.get(method, []):
+                for row in members:
+                    by_seed[row["seed"]].append((row["policy"]["kl"], row["policy"]["gold"]["mean"]))
+            golds = [g for g in (interpolate(sorted(curve), kl) for curve in by_seed.values()) if g is not None]
+            cells.append(f"{show(golds)}, {len(golds)} seeds" if golds else "-")
+        lines.append(cells)
+    table("KL | DVPO | PPO | GRPO (TRL) | DPO (TRL)", lines)
+
+
+def interpolate(curve: list[tuple[float, float]], kl: float) -> float | None:
+    """Gold at `kl` between the two neighbouring runs of a seed; None beyond its range."""
+    for (k0, g0), (k1, g1) in zip(curve, curve[1:]):
+        if k0 <= kl <= k1:
+            return g0 + (g1 - g0) * (kl - k0) / max(k1 - k0, 1e-9)
+    return None
+
+
+# ---- Curves, critics, ablations --------------------------------------------------------------------------------------
+def learning_curves(rows: list[dict], folder: Path, plt) -> None:
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
+    for (method, _), members in group(rows, "base").items():
+        if "curve" not in members[0]:
+            continue
+        steps = members[0]["curve"]["step"]
+        for axis, key in zip(axes, ("objective/gold", "objective/kl", "val/response_length")):
+            band = torch.tensor([interval([row["curve"][key][i] for row in members]) for i in range(len(steps))])
+            axis.plot(steps, band[:, 0], color=COLORS[method], label=NAMES[method])
+            axis.fill_between(steps, band[:, 1], band[:, 2], color=COLORS[method], alpha=0.2)
+    for axis, label in zip(axes, ("gold score of the rollouts", "KL to SFT, nats per answer", "tokens per answer")):
+        axis.set(xlabel="update", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(folder / "learning_curves.svg", bbox_inches="tight")
+
+
+def critics(rows: list[dict], folder: Path, plt) -> None:
+    groups = {method: members for (method, _), members in group(rows, "base").items() if "critic" in members[0]}
+    print(
+        "\n## Is the critic right? Against what came of the answers it judged, by tenth of the run (answer half seen)"
+    )
+    lines = []
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
+    for method, members in groups.items():
+        windows = members[0]["critic"]
+        for i, window in enumerate(windows):
+            if i in (0, 1, 4, 9):
+                half = [row["critic"][i]["by_fraction"]["0.5"] for row in members]
+                keys = ("rmse", "bias", "explained_variance", "gold_correlation")
+                cells = [show([statistics[key] for statistics in half]) for key in keys]
+                lines.append([NAMES[method], f"from {window['first_update']}", *cells])
+        steps = [window["first_update"] for window in windows]
+        for axis, (key, fraction) in zip(axes, (("bias", "0"), ("bias", "0.5"), ("gold_correlation", "0.75"))):
+            band = [interval([row["critic"][i]["by_fraction"][fraction][key] for row in members])
+                    for i in range(len(windows))]  # fmt: skip
+            band = torch.tensor(band)
+            axis.plot(steps, band[:, 0], color=COLORS[method], label=NAMES[method])
+            axis.fill_between(steps, band[:, 1], band[:, 2], color=COLORS[method], alpha=0.2)
+    table("critic | updates | RMSE | bias | explained variance | correlation with gold", lines)
+    for axis, title in zip(axes, ("bias at the prompt", "bias at half the answer", "correlation with gold at 75 %")):
+        axis.set(xlabel="update", ylabel=title)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(folder / "critics.svg", bbox_inches="tight")
+    drifting = [row for row in groups.get("ppo", []) if "critic/drift" in row["curve"]]
+    if drifting:
+        print("\nDrift of PPO's critic (RMS change of a value by one update), first and last twentieth: "
+              f"{show([row['curve']['critic/drift'][0] for row in drifting])}, "
+              f"{show([row['curve']['critic/drift'][-1] for row in drifting])}; the GVM's is 0.")  # fmt: skip
+
+
+def value_models(rows: list[dict]) -> None:
+    groups = group(rows, "base", "gvm")
+    print("\n## Value models: one thing changed, and the policy that DVPO makes with it")
+    default = groups.get(("dvpo", "default"), [])
+    seeds = {row["seed"]: row for row in default}
+    lines = []
+    for (method, setting), members in groups.items():
+        if "gvm" not in members[0]:
+            continue
+        reports = [row["gvm"]["by_fraction"] for row in members]
+        trained = members if method == "dvpo" else [seeds[row["seed"]] for row in members if row["seed"] in seeds]
+        gold = [row["policy"]["gold"]["mean"] for row in trained]
+        kl = [row["policy"]["kl"] for row in trained]
+        lines.append([setting, str(len(members)), show([row["gvm"]["pair_accuracy"]["last"] for row in members]),
+                      show([r["0.5"]["pair_accuracy"] for r in reports]),
+                      *(show([r[f]["gold_correlation"] for r in reports]) for f in ("0", "0.5", "1")),
+                      show(gold) if gold else "-", show(kl) if kl else "-"])  # fmt: skip
+    rm = [row["rm_pair_accuracy"] for row in rows if "rm_pair_accuracy" in row]
+    table(
+        "GVM | seeds | pair accuracy | … half seen | correlation with gold: prompt | half | all | DVPO gold | KL", lines
+    )
+    if rm:
+        print(f"\nReward model (Bradley-Terry), pair accuracy: {show(rm)}, {len(rm)} seeds")
+    policies = defaultdict(list)
+    for row in rows:
+        if row["experiment"] == "base" and row["method"] == "gvm":
+            for name, values in row["gvm"].get("by_policy", {}).items():
+                policies[name].append(values)
+    if policies:
+        print("\n## The default GVM per behaviour policy, held-out answers")
+        keys = ("mean_label", "mean_value", "prompt_value", "correlation")
+        lines = [[name, *(show([v[key] for v in values]) for key in keys)] for name, values in policies.items()]
+        table("policy | mean label | mean value of the whole answer | of the prompt | correlation with label", lines)
+
+
+def simple(rows: list[dict], title: str, *experiments: str) -> None:
+    groups = group(rows, *experiments)
+    if groups:
+        print(f"\n## {title}")
+        lines = [[NAMES[m], setting, *policy_cells(members)] for (m, setting), members in groups.items()
+                 if "policy" in members[0]]  # fmt: skip
+        table("method | setting | seeds | gold | worst seed | KL | tokens", lines)
+
+
+def main(args: Args) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "study"  # the same plot is the same file
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in Path(args.results).read_text().splitlines()]
+    folder = Path(args.output_dir)
+    print(f"{len(rows)} runs; interquartile means over seeds with 95 % bootstrap intervals")
+    simple(rows, "Same start, same number of updates, default settings", "base")
+    frontier(rows, folder, plt)
+    learning_curves(rows, folder, plt)
+    critics(rows, folder, plt)
+    value_models(rows)
+    simple(rows, "Advantage estimator", "advantage")
+    simple(rows, "Stability: learning rates", "stability")
+    simple(rows, "Where the GVM is exploited", "unreliable")
+    walls = [row["wall"] for row in rows]
+    print(f"\nAll runs together: {sum(walls) / 3600:.2f} core hours; at {math.ceil(max(walls))} s the longest.")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,105 @@
+"""GRPO by TRL's trainer, from the same SFT checkpoint, prompts and reward model as the PPO baseline.
+
+pip install -e '.[peers]'
+python train_ppo_baseline.py                                         # leaves the reward model in runs/rm
+python tests/peers/grpo.py --model-path runs/sft --reward-path runs/rm --output-dir runs/grpo
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import torch
+import tyro
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import common  # noqa: E402
+
+
+@dataclass
+class Args:
+    model_path: str = "runs/sft"
+    """policy and reference: local folder or hub id"""
+    reward_path: str = "runs/rm"
+    """sequence-classification reward model: local folder or hub id"""
+    dataset: str = "toy"
+    """where the prompts come from"""
+    output_dir: str = "runs/grpo"
+    """folder of the trained policy and of metrics.jsonl"""
+    seed: int = 1
+    """seed of prompt order and sampling"""
+    num_updates: int = 300
+    """rollouts"""
+    rollout_batch_size: int = 64
+    """answers per update"""
+    num_generations: int = 8
+    """answers to the same prompt: the group whose mean is the baseline"""
+    num_epochs: int = 2
+    """passes over each rollout"""
+    num_minibatches: int = 2
+    """optimizer steps per pass"""
+    learning_rate: float = 3e-4
+    """AdamW's, decayed linearly to zero"""
+    beta: float = 0.04
+    """weight of the KL to the reference"""
+    response_length: int = 20
+    """tokens; longer answers are cut"""
+
+
+class Metrics(TrainerCallback):
+    """Writes TRL's log, with seconds since the start, to metrics.jsonl."""
+
+    def __init__(self, folder: str):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.file, self.started = open(Path(folder) / "metrics.jsonl", "w", buffering=1), time.perf_counter()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        row = {"step": state.global_step, "seconds": time.perf_counter() - self.started, **logs}
+        self.file.write(json.dumps(row) + "\n")
+
+
+def main(args: Args) -> None:
+    tokenizer = common.load_tokenizer(args.model_path)
+    examples, _ = common.load_examples(args.dataset, needs="prompts")
+    prompts = [{"prompt": e.prompt} for e in {str(e.prompt): e for e in examples}.values()]
+    config = GRPOConfig(
+        output_dir=args.output_dir,
+        beta=args.beta,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="linear",
+        max_steps=args.num_updates * args.num_epochs * args.num_minibatches,
+        per_device_train_batch_size=args.rollout_batch_size // args.num_minibatches,
+        steps_per_generation=args.num_minibatches,
+        num_iterations=args.num_epochs,
+        num_generations=args.num_generations,
+        max_completion_length=args.response_length,
+        temperature=1.0,
+        top_k=0,
+        seed=args.seed,
+        bf16=torch.cuda.is_available(),
+        gradient_checkpointing=torch.cuda.is_available(),
+        logging_steps=10 * args.num_epochs * args.num_minibatches,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = GRPOTrainer(
+        AutoModelForCausalLM.from_pretrained(args.model_path, dtype=torch.float32),
+        reward_funcs=AutoModelForSequenceClassification.from_pretrained(args.reward_path, dtype=torch.float32),
+        args=config,
+        train_dataset=datasets.Dataset.from_list(prompts),
+        processing_class=tokenizer,
+        reward_processing_classes=common.load_tokenizer(args.reward_path),
+        callbacks=[Metrics(args.output_dir)],
+    )
+    trainer.train()
+    trainer.save_model()  # with the tokenizer
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,610 @@
+"""Baseline: PPO-RLHF, the method that DVPO (arXiv:2502.16944v2) does without half of. `diff` it with train_dvpo.py.
+
+Before the loop a reward model (RM) learns the preferences by Bradley-Terry, unless `--reward-path` names one. In the
+loop a critic, started from the RM, learns the values of the policy online. Per update:
+
+    rollout     the policy answers prompts
+    score       old and reference log-probs of the answers; the RM's score of each; the critic's value at every token
+    advantages  GAE over those values, closed at the end of each answer by its score
+    update      PPO-clip on the policy and a clipped value loss on the critic, some epochs of minibatches
+
+    python train_ppo_baseline.py                                               # embedded task, after sft
+    torchrun --nproc_per_node 8 train_ppo_baseline.py --model-path SFT --reward-path RM --dataset DATA \
+        --max-prompt-length 1024 --response-length 640 --learning-rate 2e-6 --critic-learning-rate 9e-6 --num-epochs 4 \
+        --kl-coef 0.2 --kl-target 6 --gae-lambda 0.95
+
+In: an SFT checkpoint, preference pairs or an RM, prompts. Out: `--output-dir`, a checkpoint that `from_pretrained`
+loads, and `--reward-output-dir`, a sequence-classification checkpoint, where the RM was trained here.
+Shapes: B sequences, P prompt tokens (left-padded), R response tokens, T = P + R, V vocabulary, H hidden, N tokens.
+"""
+
+import types
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from transformers import AutoModelForSequenceClassification, get_linear_schedule_with_warmup
+
+import common
+
+
+@dataclass
+class Args:
+    # Paths
+    model_path: str = "runs/sft"
+    """policy and KL reference: local folder or hub id"""
+    reward_path: str | None = None
+    """sequence-classification reward model: local folder or hub id; None trains one first, into `reward_output_dir`"""
+    dataset: str = "toy"
+    """prompts, and pairs for the RM: "toy", a hub name or a local file or folder, each as NAME or NAME:SPLIT"""
+    output_dir: str = "runs/ppo"
+    """folder of the trained policy, metrics and arguments"""
+    reward_output_dir: str = "runs/rm"
+    """folder of the RM trained here, its metrics and arguments"""
+
+    # Reward model
+    reward_num_epochs: int = 2
+    """passes over the preference pairs"""
+    reward_learning_rate: float = 4e-4
+    """AdamW's peak, decayed linearly to zero"""
+    reward_warmup_fraction: float = 0.1
+    """share of the RM's updates in which its learning rate rises"""
+    reward_batch_size: int = 64
+    """answers per update of the RM (global); the two of a pair stay together"""
+    reward_center_coef: float = 0.01
+    """pulls the scores of each pair towards a sum of zero: Bradley-Terry leaves their mean open"""
+
+    # Training
+    seed: int = 1
+    """seed of the RM's data order, prompts order, sampling and minibatches"""
+    num_updates: int = 300
+    """updates, each one rollout and `num_epochs` passes over it"""
+    learning_rate: float = 3e-4
+    """AdamW's, decayed linearly to zero (released code: 2e-6 on 3B to 8B models)"""
+    critic_learning_rate: float = 1e-3
+    """the critic's, decayed likewise"""
+    num_epochs: int = 2
+    """passes over each rollout (released code: 4)"""
+    num_minibatches: int = 2
+    """optimizer steps per pass"""
+    rollout_batch_size: int = 64
+    """answers per update (global)"""
+    micro_batch_size: int = 64
+    """sequences per forward and backward (per rank); lower it when out of memory, results stay the same"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+
+    # Rollout
+    max_prompt_length: int = 512
+    """tokens; longer prompts are dropped"""
+    response_length: int = 20
+    """tokens; longer answers are cut (released code: 640)"""
+    temperature: float = 1.0
+    """of sampling and of every log-prob (released code: 1)"""
+    rollout_micro_batch_size: int | None = None
+    """answers sampled at once (per rank); None is all; lower it when out of memory, results stay the same"""
+
+    # Advantages
+    gamma: float = 1.0
+    """discount per token (released code: 1)"""
+    gae_lambda: float = 0.95
+    """(released code: 0.95)"""
+    kl_coef: float = 0.05
+    """reward per nat of KL to the reference (released code: 0.2, adaptive)"""
+    kl_target: float | None = None
+    """nats per answer; adapts `kl_coef` towards it (released code: 6); None keeps it fixed"""
+    missing_eos_penalty: float = 1.0
+    """taken off the score of an answer that was cut before it ended"""
+    clip_coef: float = 0.2
+    """PPO's epsilon on the probability ratio"""
+    value_clip_coef: float = 0.2
+    """the critic's values are clipped to this distance from those of the rollout"""
+    max_approx_kl: float | None = None
+    """nats per token between old and new policy; past it an update's remaining steps are skipped; None never"""
+
+    # Machine
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """compute and frozen weights; trained weights stay float32; auto: bfloat16 on GPU, float32 on CPU"""
+    dp_replicate: int = 1
+    """replicas of the sharded models (hybrid sharding: one per machine)"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, more time"""
+    sample_every: int = 50
+    """updates between tables of sampled answers"""
+    track: Literal["tensorboard", "wandb"] | None = None
+    """also send metrics there"""
+
+
+# ---- The mathematics -------------------------------------------------------------------------------------------------
+# Copied from train_dvpo.FusedLogprobs
+class FusedLogprobs(torch.autograd.Function):
+    """Linear + log-softmax + gather over chunks of tokens; the logits of a chunk are recomputed in backward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, temperature, chunk_size):
+        logprobs = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))  # (N,)
+        entropy = torch.zeros_like(logprobs)
+        for start in range(0, len(hidden), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            log_softmax = torch.log_softmax(project(hidden[chunk], weight).div_(temperature), 1)  # (chunk, V)
+            logprobs[chunk] = log_softmax.gather(1, labels[chunk, None])[:, 0]
+            entropy[chunk] = -log_softmax.exp().mul_(log_softmax).sum(1)
+            del log_softmax  # or it would still be held while the next chunk's logits are made
+        ctx.save_for_backward(hidden, weight, labels)
+        ctx.temperature, ctx.chunk_size = temperature, chunk_size
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, _):
+        hidden, weight, labels = ctx.saved_tensors
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=grad_logprobs.dtype) if need_weight else None  # at least fp32
+        for start in range(0, len(hidden), ctx.chunk_size):
+            chunk = slice(start, start + ctx.chunk_size)
+            h, y = hidden[chunk], labels[chunk, None]
+            g = -grad_logprobs[chunk, None] / ctx.temperature  # (chunk, 1)
+            residual = torch.softmax(project(h, weight).div_(ctx.temperature), 1)  # (chunk, V)
+            residual.scatter_add_(1, y, -torch.ones_like(g))  # p - onehot(y): minus the gradient of log p_y by logits
+            residual = residual.to(weight.dtype)
+            if need_hidden:
+                grad_hidden[chunk] = g * (residual @ weight)
+            if need_weight and grad_weight.dtype == weight.dtype:
+                grad_weight.addmm_(residual.T, g * h)  # in place: no second (V, H)
+            elif need_weight:
+                grad_weight += project(residual.T, (g * h).to(h.dtype).T)
+            del residual
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+
+
+# Copied from train_dvpo.project
+def project(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`x @ weight.T`, accumulated and returned in at least fp32: rounding logits to bf16 would move PPO's ratios."""
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.to(dtype) @ weight.to(dtype).T
+
+
+# Copied from train_dvpo.fused_logprobs
+def fused_logprobs(hidden, weight, labels, temperature: float = 1.0, chunk_size: int = 256):
+    """`log softmax(hidden @ weight.T / temperature)` at `labels`, and the entropy, never holding `(N, V)` logits.
+
+    `hidden (N, H)`, `weight (V, H)`, `labels (N,)`; returns `(logprobs, entropy)`, `(N,)` each in at least fp32.
+    Log-probs are differentiable in `hidden` and `weight`; the entropy is for logging and is not. Extra memory: twice
+    `chunk_size` x V floats.
+    """
+    return FusedLogprobs.apply(hidden, weight, labels, temperature, chunk_size)
+
+
+# Copied from train_dvpo.token_logprobs
+def token_logprobs(model, input_ids, attention_mask, response_mask, temperature):
+    """log pi(a_t | s_t) of every response token, and the policy's entropy there.
+
+    `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`; returns two fp32 `(B, R)`, zero outside the mask.
+    Old, new and reference log-probs all come through here, so the first ratio of an update is 1 up to float error.
+    """
+    R = response_mask.shape[1]
+    hidden = model.base_model(
+        input_ids, attention_mask=attention_mask, position_ids=common.position_ids(attention_mask), use_cache=False
+    ).last_hidden_state[:, -R - 1 : -1]  # (B, R, H), the state *before* each response token: the one shift
+    weight = model.get_output_embeddings().weight
+    labels = input_ids[:, -R:][response_mask]  # (N,)
+    logprobs, entropy = fused_logprobs(hidden[response_mask], weight, labels, temperature)
+    zeros = torch.zeros_like(response_mask, dtype=logprobs.dtype)
+    return zeros.masked_scatter(response_mask, logprobs), zeros.masked_scatter(response_mask, entropy)
+
+
+# Copied from train_gvm.token_values
+def token_values(gvm, input_ids, attention_mask, response_mask) -> torch.Tensor:
+    """Values `(B, R + 1)` in fp32: column 0 after the last prompt token, column t after response token t.
+
+    `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`. The head computes in fp32: neighbouring values
+    differ by less than bf16 resolves, and advantages are those differences.
+    """
+    R = response_mask.shape[1]
+    hidden = gvm.base_model(
+        input_ids, attention_mask=attention_mask, position_ids=common.position_ids(attention_mask), use_cache=False
+    ).last_hidden_state[:, -R - 1 :]  # (B, R + 1, H)
+    return hidden.float() @ gvm.score.weight[0].float()
+
+
+# Copied from train_gvm.bradley_terry_loss
+def bradley_terry_loss(scores) -> torch.Tensor:
+    """`-log P(chosen is preferred)` under Bradley-Terry, summed over pairs; `scores (2 M,)`: chosen, rejected, ..."""
+    chosen, rejected = scores.view(-1, 2).unbind(1)  # (M,)
+    return -torch.nn.functional.logsigmoid(chosen - rejected).sum()
+
+
+def ppo_advantages(values, scores, kl, mask, gamma: float, lam: float, kl_coef: float):
+    """Token advantages, whitened, and the critic's targets: Section 2 of arXiv:1909.08593.
+
+    `values (B, R + 1)` of the critic, `scores (B,)` of the RM, `kl (B, R)` log-ratio of policy to reference,
+    `mask (B, R)`; returns advantages and returns, `(B, R)` each, the returns at the state before each token.
+    """
+    last = mask.sum(1, keepdim=True) - 1  # (B, 1)
+    rewards = (-kl_coef * kl).scatter_add(1, last, scores[:, None])  # (B, R) the score is paid on the last token
+    values = values.scatter(1, last + 1, 0.0)  # and nothing comes after it
+    advantages = common.gae(values, rewards, mask, gamma, lam)
+    return common.masked_whiten(advantages, mask), advantages + values[:, :-1]
+
+
+# Copied from train_dvpo.ppo_clip_loss
+def ppo_clip_loss(new_logprobs, logprobs, advantages, mask, clip_coef: float):
+    """PPO-clip, Eq. 7 of arXiv:1707.06347, summed over the tokens of `mask`.
+
+    All inputs `(B, R)`. Returns the loss and, for logging, the sums of k3 (an estimate of KL(old || new)), of clipped
+    tokens, of the ratio and of its square.
+    """
+    logratio = (new_logprobs - logprobs)[mask]  # (N,)
+    ratio, advantages = logratio.exp(), advantages[mask]
+    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    loss = -torch.min(advantages * ratio, advantages * clipped).sum()
+    with torch.no_grad():
+        sums = (ratio - 1 - logratio).sum(), (ratio != clipped).sum(), ratio.sum(), (ratio**2).sum()
+    return loss, sums
+
+
+def clipped_value_loss(new_values, values, returns, mask, clip_coef: float) -> torch.Tensor:
+    """`0.5 max((V - G)^2, (clip(V) - G)^2)`, summed over the tokens of `mask`; all inputs `(B, R)`."""
+    clipped = torch.clamp(new_values, values - clip_coef, values + clip_coef)
+    return 0.5 * torch.max((new_values - returns) ** 2, (clipped - returns) ** 2)[mask].sum()
+
+
+# ---- Sharding --------------------------------------------------------------------------------------------------------
+# Copied from train_dvpo.shard
+def shard(model, mesh, dtype: torch.dtype):
+    """FSDP2: every decoder layer is a unit, the rest another; computes in `dtype`, reduces gradients in fp32."""
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in common.decoder_layers(model):
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    # After a forward pass the root stays whole for the backward pass, unless the model is frozen and none will come.
+    trained = any(parameter.requires_grad for parameter in model.parameters())
+    return fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=not trained)
+
+
+# Copied from train_dvpo.add_methods
+def add_methods(model, *functions):
+    """Make functions of a model its methods that FSDP treats like `forward`: the head's weight is whole inside them."""
+    for function in functions:
+        setattr(model, function.__name__, types.MethodType(function, model))
+        register_fsdp_forward_method(model, function.__name__)
+    return model
+
+
+# Copied from train_dvpo.full_state_dict
+def full_state_dict(model, dtype: torch.dtype) -> dict:
+    """The whole model on rank 0's CPU in `dtype`, empty on other ranks; every rank must call."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+
+
+# ---- Rollout ---------------------------------------------------------------------------------------------------------
+# Copied from train_dvpo.next_token_logits
+def next_token_logits(model, tokens, attention_mask, positions, cache):
+    """Logits `(B, V)` after the last of `tokens (B, t)` in fp32, as `fused_logprobs` has them, and the grown cache."""
+    outputs = model.base_model(
+        tokens, attention_mask=attention_mask, position_ids=positions, past_key_values=cache, use_cache=True
+    )
+    return project(outputs.last_hidden_state[:, -1], model.get_output_embeddings().weight), outputs.past_key_values
+
+
+# Copied from train_dvpo.generate
+@torch.no_grad()  # not inference_mode: the next training step would raise
+def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, temperature: float):
+    """Sample answers from a sharded policy without any communication per token.
+
+    `prompt_ids`, `prompt_mask (B, P)` left-padded; `uniforms (B, R)` in [0, 1), one per token to sample, so what a
+    prompt is answered does not depend on the number of ranks; `end_ids (E,)` end an answer. Returns `response_ids` and
+    `response_mask (B, R)`, the ending token inside the mask, `pad_id` after it.
+    """
+    B, R = uniforms.shape
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:  # gather the weights once, not once per token
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    was_training = model.training
+    model.eval()  # gradient checkpointing would silently drop the cache in train mode
+    try:
+        response_ids = prompt_ids.new_full((B, R), pad_id)
+        response_mask = torch.zeros_like(response_ids, dtype=torch.bool)
+        attention_mask = torch.cat([prompt_mask, torch.ones_like(response_mask)], 1)  # (B, P + R)
+        positions = common.position_ids(attention_mask)
+        tokens, cache, running = prompt_ids, None, torch.ones_like(response_mask[:, 0])
+        P = prompt_ids.shape[1]
+        for t in range(R):
+            seen = slice(0 if t == 0 else P + t - 1, P + t)
+            logits, cache = model.next_token_logits(tokens, attention_mask[:, : P + t], positions[:, seen], cache)
+            cumulative = torch.softmax(logits / temperature, 1).cumsum(1)  # (B, V)
+            threshold = uniforms[:, t, None] * cumulative[:, -1:]
+            sampled = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=cumulative.shape[1] - 1)
+            response_ids[:, t] = torch.where(running, sampled, pad_id)
+            response_mask[:, t] = running
+            running = running & ~torch.isin(sampled, end_ids)
+            if not running.any():
+                break
+            tokens = response_ids[:, t : t + 1]
+    finally:
+        model.train(was_training)
+        for unit in units:  # left gathered across an optimizer step, the next forward would use stale weights
+            unit.reshard()
+            unit.set_reshard_after_forward(unit is not model, recurse=False)  # FSDP2's default: all but the root
+    return response_ids, response_mask
+
+
+# ---- Reward model ----------------------------------------------------------------------------------------------------
+def tokenize_pairs(tokenizer, examples, max_prompt_length: int, response_length: int) -> list[common.Trajectory]:
+    """Prompt and response tokens of both answers of each pair: chosen, rejected, chosen, ..."""
+    examples, prompts = common.fit_prompts(tokenizer, examples, max_prompt_length)
+    texts = [text for example in examples for text in (example.chosen, example.rejected)]
+    responses = common.tokenize_answers(tokenizer, texts, response_length)
+    return [(prompts[i // 2], response) for i, response in enumerate(responses)]
+
+
+@torch.no_grad()
+def pair_accuracy(rm, answers: list[common.Trajectory], pad_id: int, micro_batch_size: int, device) -> float:
+    """Share of held-out pairs that the RM ranks rightly; ties count half. Ranks share the work."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    share = -(-len(answers) // world_size)  # ranks must run equally many forward passes: the last repeats some rows
+    mine = [answers[i % len(answers)] for i in range(rank * share, (rank + 1) * share)]
+    scores = []
+    for i in range(0, share, micro_batch_size):
+        prompts, responses = zip(*mine[i : i + micro_batch_size])
+        batch = common.pad_batch(prompts, responses, pad_id, device)
+        scores.append(common.last_values(rm.token_values(**batch), batch["response_mask"]))
+    chosen, rejected = common.all_gather(torch.cat(scores))[: len(answers)].view(-1, 2).unbind(1)
+    return ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).mean().item()
+
+
+def train_reward_model(args: Args, tokenizer, mesh, dtype: torch.dtype, device) -> None:
+    """Bradley-Terry on the preference pairs, started from the SFT policy; leaves the RM in `args.output_dir`."""
+    common.check_divides(2, "--micro-batch-size", args.micro_batch_size)  # a pair is seen in one piece
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    examples, heldout = common.load_examples(args.dataset, needs="pairs")
+    train_set = tokenize_pairs(tokenizer, examples, args.max_prompt_length, args.response_length)
+    heldout_set = tokenize_pairs(tokenizer, heldout, args.max_prompt_length, args.response_length)
+    common.log(f"reward model: {len(train_set) // 2} pairs, {len(heldout_set) // 2} held out")
+    rm = common.load_value_model(args.model_path, tokenizer, torch.float32, True, AutoModelForSequenceClassification)
+    if args.gradient_checkpointing:
+        rm.gradient_checkpointing_enable({"use_reentrant": False})
+    rm = add_methods(shard(rm.train(), mesh, dtype), token_values)
+    num_updates = max(1, args.reward_num_epochs * len(train_set) // args.reward_batch_size)
+    optimizer = torch.optim.AdamW(rm.parameters(), lr=args.reward_learning_rate, weight_decay=0.0, fused=True)
+    num_warmup = int(args.reward_warmup_fraction * num_updates)
+    scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup, num_updates)
+
+    run = common.Run(args, __file__, args.track)
+    num_pairs = args.reward_batch_size // 2
+    for update in range(1, num_updates + 1):
+        start = common.clock(device)
+        pairs = common.shuffled_batch(len(train_set) // 2, update, num_pairs, args.seed)
+        mine = pairs[rank * num_pairs // world_size : (rank + 1) * num_pairs // world_size]
+        loss_sum = torch.zeros((), device=device)
+        for i in range(0, len(mine), args.micro_batch_size // 2):
+            micro = [train_set[2 * pair + side] for pair in mine[i : i + args.micro_batch_size // 2] for side in (0, 1)]
+            batch = common.pad_batch(*zip(*micro), tokenizer.pad_token_id, device)
+            scores = common.last_values(rm.token_values(**batch), batch["response_mask"])  # (micro,)
+            loss = bradley_terry_loss(scores)
+            loss += args.reward_center_coef * (scores.view(-1, 2).sum(1) ** 2).sum()  # Eq. 2 of arXiv:2312.09244
+            (loss * world_size / num_pairs).backward()  # FSDP averages over ranks, this wants the sum
+            loss_sum += loss.detach()
+        grad_norm = torch.nn.utils.clip_grad_norm_(rm.parameters(), args.max_grad_norm).full_tensor()
+        optimizer.step()
+        optimizer.zero_grad()
+        metrics = {
+            "rm/loss": common.all_sum(loss_sum).item() / num_pairs,
+            "optim/lr": scheduler.get_last_lr()[0],
+            "optim/grad_norm": grad_norm.item(),
+            "time/total": common.clock(device) - start,
+            "time/peak_mem_gb": common.peak_memory_gb(device),
+        }
+        scheduler.step()
+        if heldout_set and update in (num_updates // 4, num_updates // 2, num_updates):
+            metrics["rm/pair_accuracy"] = pair_accuracy(
+                rm, heldout_set, tokenizer.pad_token_id, args.micro_batch_size, device
+            )
+        run.log(update, num_updates, metrics, ("rm/loss", "rm/pair_accuracy", "optim/lr"))
+    if heldout_set:
+        common.log(f"reward model: held-out pair accuracy {metrics['rm/pair_accuracy']:.3f}")
+    run.save(rm, full_state_dict(rm, dtype), tokenizer, "Reward model (Bradley-Terry)")
+    dist.barrier()  # the folder is whole before any rank reads it
+
+
+def main(args: Args) -> None:
+    # ---- 1 Processes -------------------------------------------------------------------------------------------------
+    device = common.init_processes()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    dtype = common.compute_dtype(args.dtype, device)
+    common.check_positive(args, "rollout_batch_size", "micro_batch_size", "num_minibatches", "num_epochs")
+    common.check_positive(args, "num_updates", "response_length", "temperature", "sample_every", "value_clip_coef")
+    common.check_positive(args, "reward_num_epochs", "reward_batch_size")
+    common.check_divides(args.num_minibatches * world_size, "--rollout-batch-size", args.rollout_batch_size)
+    common.check_divides(
+        2 * world_size, "--reward-batch-size", args.reward_batch_size
+    )  # the two of a pair stay together
+    common.check_divides(args.dp_replicate, "the number of processes,", world_size)
+    mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
+                            mesh_dim_names=("replicate", "shard"))  # fmt: skip
+    mesh = mesh if args.dp_replicate > 1 else mesh["shard"]
+
+    # ---- 2 Data ------------------------------------------------------------------------------------------------------
+    tokenizer = common.load_tokenizer(args.model_path)
+    examples, _ = common.load_examples(args.dataset, needs="prompts")
+    unique = list({str(example.prompt): example for example in examples}.values())
+    unique, all_prompts = common.fit_prompts(tokenizer, unique, args.max_prompt_length)
+    common.log(f"{len(all_prompts)} prompts, the first: {tokenizer.decode(all_prompts[0])!r}")
+    end_ids = torch.tensor([common.end_of_turn_id(tokenizer), tokenizer.eos_token_id], device=device)
+
+    # ---- 3 Models: two trained, two frozen ---------------------------------------------------------------------------
+    reward_path = args.reward_path or args.reward_output_dir
+    if args.reward_path is None:
+        train_reward_model(replace(args, output_dir=reward_path), tokenizer, mesh, dtype, device)
+    common.check_same_tokenizer(args.model_path, tokenizer, reward_path, common.load_tokenizer(reward_path))
+    policy = common.load_policy(args.model_path, tokenizer, torch.float32).train()
+    if args.gradient_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = add_methods(shard(policy, mesh, dtype), token_logprobs, next_token_logits)
+    reference = common.load_policy(args.model_path, tokenizer, dtype).eval().requires_grad_(False)
+    reference = add_methods(shard(reference, mesh, dtype), token_logprobs)
+    rm = common.load_value_model(reward_path, tokenizer, dtype, False, AutoModelForSequenceClassification)
+    rm = add_methods(shard(rm.eval().requires_grad_(False), mesh, dtype), token_values)
+    critic = common.load_value_model(reward_path, tokenizer, torch.float32, fresh_head=False).train()
+    if args.gradient_checkpointing:
+        critic.gradient_checkpointing_enable({"use_reentrant": False})
+    critic = add_methods(shard(critic, mesh, dtype), token_values)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
+    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=args.critic_learning_rate, eps=1e-5, weight_decay=0.0,
+                                         fused=True)  # fmt: skip
+    scheduler = get_linear_schedule_with_warmup(optimizer, 0, args.num_updates)
+    critic_scheduler = get_linear_schedule_with_warmup(critic_optimizer, 0, args.num_updates)
+
+    run = common.Run(args, __file__, args.track)
+    B, kl_coef, warned = args.rollout_batch_size, args.kl_coef, False
+    mine = torch.arange(B).chunk(world_size)[rank]  # the rows this rank rolls out and scores
+    for update in range(1, args.num_updates + 1):
+        # ---- 4 Rollout: each rank answers its share of the prompts, then all ranks hold all answers (a few MB) -------
+        start = common.clock(device)
+        # All randomness of an update comes from (seed, update) and is drawn for the whole batch, so it depends on no
+        # earlier update and on no number of ranks.
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + update)
+        drawn = common.shuffled_batch(len(all_prompts), update, B, args.seed)
+        prompts = [all_prompts[i] for i in drawn]
+        prompt_ids, prompt_mask = (x.to(device) for x in common.pad(prompts, tokenizer.pad_token_id, "left"))  # (B, P)
+        uniforms = torch.rand(B, args.response_length, generator=generator).to(device)
+        rollouts = [generate(policy, prompt_ids[micro], prompt_mask[micro], uniforms[micro], end_ids,
+                             tokenizer.pad_token_id, args.temperature)
+                    for micro in mine.split(args.rollout_micro_batch_size or B)]  # fmt: skip
+        response_ids, response_mask = (common.all_gather(torch.cat(x)) for x in zip(*rollouts))
+        longest = response_mask.sum(1).max()
+        response_ids, response_mask = response_ids[:, :longest], response_mask[:, :longest]  # (B, R)
+        input_ids = torch.cat([prompt_ids, response_ids], 1)  # (B, P + R)
+        attention_mask = torch.cat([prompt_mask, response_mask], 1)  # (B, P + R)
+        time_rollout = common.clock(device) - start
+
+        # ---- 5 Score: old and reference log-probs, the RM's scores, the critic's values ------------------------------
+        start = common.clock(device)
+        scored = []
+        with torch.no_grad():
+            for micro in mine.split(args.micro_batch_size):
+                mask = response_mask[micro]
+                batch = input_ids[micro], attention_mask[micro], mask
+                logprobs, _ = policy.token_logprobs(*batch, args.temperature)  # (micro, R)
+                ref_logprobs, _ = reference.token_logprobs(*batch, args.temperature)
+                scores = common.last_values(rm.token_values(*batch), mask)  # (micro,)
+                values = critic.token_values(*batch)  # (micro, R + 1)
+                scored.append(torch.cat([logprobs, ref_logprobs, values, scores[:, None]], 1))
+        R = response_mask.shape[1]
+        logprobs, ref_logprobs, values, scores = common.all_gather(torch.cat(scored)).split([R, R, R + 1, 1], 1)
+        kl, scores = logprobs - ref_logprobs, scores[:, 0]  # (B, R) k1, zero outside the mask; (B,)
+        lengths = response_mask.sum(1)  # (B,)
+        ended = torch.isin(response_ids.gather(1, lengths[:, None] - 1)[:, 0], end_ids)  # (B,)
+        advantages, returns = ppo_advantages(
+            values, scores - args.missing_eos_penalty * ~ended, kl, response_mask, args.gamma, args.gae_lambda, kl_coef
+        )  # (B, R) both
+        time_score = common.clock(device) - start
+
+        # ---- 6 Update: PPO-clip on the policy, clipped value loss on the critic --------------------------------------
+        start = common.clock(device)
+        steps = []
+        shuffled = [torch.randperm(B, generator=generator) for _ in range(args.num_epochs)]
+        for minibatch in [rows for epoch in shuffled for rows in epoch.chunk(args.num_minibatches)]:
+            num_tokens = response_mask[minibatch].sum()  # of all ranks and micro-batches: their number does not matter
+            sums = torch.zeros(8, device=device)
+            for micro in minibatch.chunk(world_size)[rank].split(args.micro_batch_size):
+                mask = response_mask[micro]
+                new_logprobs, entropy = policy.token_logprobs(
+                    input_ids[micro], attention_mask[micro], mask, args.temperature
+                )  # (micro, R)
+                loss, ratio_sums = ppo_clip_loss(new_logprobs, logprobs[micro], advantages[micro], mask, args.clip_coef)
+                (loss * world_size / num_tokens).backward()  # FSDP averages over ranks, this wants the sum
+                new_values = critic.token_values(input_ids[micro], attention_mask[micro], mask)[:, :-1]  # (micro, R)
+                old_values = values[micro, :-1]
+                value_loss = clipped_value_loss(new_values, old_values, returns[micro], mask, args.value_clip_coef)
+                (value_loss * world_size / num_tokens).backward()
+                drift = ((new_values.detach() - old_values) ** 2)[mask].sum()
+                sums += torch.stack([loss.detach(), *ratio_sums, entropy.sum(), value_loss.detach(), drift])
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).full_tensor()
+            torch.nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            critic_optimizer.step()
+            critic_optimizer.zero_grad()
+            steps.append(torch.cat([common.all_sum(sums) / num_tokens, grad_norm[None]]))
+            if args.max_approx_kl is not None and steps[-1][1] > args.max_approx_kl:
+                break
+        lr = scheduler.get_last_lr()[0]
+        scheduler.step()
+        critic_scheduler.step()
+        time_update = common.clock(device) - start
+
+        # ---- 7 Log ---------------------------------------------------------------------------------------------------
+        loss, approxkl, clipfrac, ratio, ratio_squared, entropy, value_loss, _, grad_norm = (
+            torch.stack(steps).mean(0).tolist()
+        )
+        # Can the RM still be trusted? It learned from answers that the reference, too, was trained on. Nothing in its
+        # scores betrays an answer unlike those, but the reference's surprise does, nats per token.
+        surprise = -ref_logprobs.sum(1) / lengths  # (B,)
+        if update == 1:  # the policy still is the reference
+            usual_surprise = surprise.quantile(0.95)
+        off_support = (surprise > usual_surprise).float().mean().item()  # 0.05 if all is well
+        sequence_kl = kl.sum(1).mean().item()
+        seconds = time_rollout + time_score + time_update
+        metrics = {
+            "objective/kl": sequence_kl,
+            "objective/entropy": -logprobs.sum(1).mean().item(),
+            "objective/non_score_reward": -kl_coef * sequence_kl,
+            "objective/scores": scores.mean().item(),
+            "objective/kl_coef": kl_coef,
+            "val/off_support": off_support,
+            "policy/approxkl": approxkl,
+            "policy/clipfrac": clipfrac,
+            "policy/entropy": entropy,
+            "loss/policy": loss,
+            "loss/value": value_loss,
+            "critic/explained_variance": common.explained_variance(
+                values[:, :-1][response_mask], returns[response_mask]
+            ),
+            "critic/drift": steps[-1][-2].sqrt().item(),
+            "val/ratio": ratio,
+            "val/ratio_var": ratio_squared - ratio**2,
+            "val/response_length": lengths.float().mean().item(),
+            "val/eos_rate": ended.float().mean().item(),
+            "optim/lr": lr,
+            "optim/grad_norm": grad_norm,
+            "time/rollout": time_rollout,
+            "time/score": time_score,
+            "time/update": time_update,
+            "time/total": seconds,
+            "time/tokens_per_sec": lengths.sum().item() / seconds,
+            "time/peak_mem_gb": common.peak_memory_gb(device),
+        }
+        questions = [unique[i].prompt[-1]["content"] for i in drawn]
+        texts = [tokenizer.decode(ids[m], skip_special_tokens=True) for ids, m in zip(response_ids, response_mask)]
+        if args.dataset == "toy":
+            metrics["objective/gold"] = sum(map(common.toy_gold, questions, texts)) / B
+        shown = ("objective/gold", "objective/scores", "objective/kl", "val/response_length", "val/eos_rate")
+        run.log(update, args.num_updates, metrics, shown)
+        if update % args.sample_every == 0 or update == args.num_updates:
+            for question, text, score in zip(questions[:3], texts, scores.tolist()):
+                common.log(f"    {score:+.2f}  {question[-200:]!r} -> {text[:300]!r}")
+        if off_support > 0.5 and not warned:
+            warned = True
+            common.log(f"warning: {off_support:.0%} of the answers are less likely to the reference than 95 % of its own: the"
+                       " RM has seen nothing like them and is probably being exploited; raise --kl-coef")  # fmt: skip
+        if args.kl_target is not None:  # Section 2.2 of arXiv:1909.08593: proportional control, at most 2 % per update
+            kl_coef *= 1 + 0.1 * min(max(sequence_kl / args.kl_target - 1, -0.2), 0.2)
+
+    # ---- 8 Save ------------------------------------------------------------------------------------------------------
+    run.save(policy, full_state_dict(policy, dtype), tokenizer, "Policy trained by PPO (baseline of DVPO)")
+    common.end_processes()
+
+
+if __name__ == "__main__":
+    with common.one_line_errors():
+        main(tyro.cli(Args))
