@@ -595,8 +595,10 @@ def main(args: Args) -> None:
                 common.log(f"    {score:+.2f}  {question[-200:]!r} -> {text[:300]!r}")
         if off_support > 0.5 and not warned:
             warned = True
-            common.log(f"warning: {off_support:.0%} of the answers are less likely to the reference than 95 % of its own: the"
-                       " RM has seen nothing like them and is probably being exploited; raise --kl-coef")  # fmt: skip
+            common.log(
+                f"warning: {off_support:.0%} of the answers surprise the reference more than 95 % of its own:"
+                " the RM has seen nothing like them: raise --kl-coef"
+            )
         if args.kl_target is not None:  # Section 2.2 of arXiv:1909.08593: proportional control, at most 2 % per update
             kl_coef *= 1 + 0.1 * min(max(sequence_kl / args.kl_target - 1, -0.2), 0.2)
 

@@ -170,7 +170,7 @@ class Recorder:
 
         import common
 
-        self.updates, self.gold, true_value = [], [], mean_label_by_gold()
+        self.updates, self.gold, self.pending, true_value = [], [], None, mean_label_by_gold()
         toy_gold, log = common.toy_gold, common.Run.log
         name = "dvpo_advantages" if hasattr(module, "dvpo_advantages") else "ppo_advantages"
         advantages = getattr(module, name)
@@ -191,11 +191,12 @@ class Recorder:
             return self.gold[-1]
 
         def recorded_log(run, *rest):
-            values, returns, mask = self.pending
-            if returns is None:
-                returns = torch.tensor([true_value[g] for g in self.gold])[:, None].expand_as(values)
-            self.updates.append((values, returns, mask, torch.tensor(self.gold)))
-            self.gold = []
+            if self.pending:  # not while a reward model is trained
+                values, returns, mask = self.pending
+                gold, self.gold = self.gold[-len(values) :], []  # the data, too, was scored
+                if returns is None:
+                    returns = torch.tensor([true_value[g] for g in gold])[:, None].expand_as(values)
+                self.updates.append((values, returns, mask, torch.tensor(gold)))
             return log(run, *rest)
 
         setattr(module, name, recorded_dvpo if name == "dvpo_advantages" else recorded_ppo)
@@ -252,8 +253,8 @@ def run_cell(cell: Cell, folder: str) -> dict:
         row["seconds"][script] = time.perf_counter() - start
         if recorder:
             row["critic"] = recorder.windows()
-    if cell.policy:
-        metrics = Path(cell.policy) / "metrics.jsonl"
+    metrics = Path(cell.policy or "") / "metrics.jsonl"
+    if metrics.exists():
         updates = [json.loads(line) for line in metrics.read_text().splitlines()]
         if "objective/gold" in updates[0]:
             row["curve"] = curve(updates)
