@@ -11,6 +11,7 @@ import evaluate
 import sft
 import train_dvpo
 import train_gvm
+import train_ppo_baseline
 
 PAIR = {"prompt": "list two animals", "chosen": "dog and cow.", "rejected": "dog."}
 
@@ -129,6 +130,34 @@ def test_tokenizers_differ(tiny_model, tiny_gvm, tmp_path):
 def test_a_policy_is_no_gvm(tiny_model, tmp_path):
     args = train_dvpo.Args(tiny_model, tiny_model, output_dir=str(tmp_path / "out"))
     fails(train_dvpo.main, args, "is it a GVM|no value model", tmp_path)
+
+
+def test_a_policy_is_no_reward_model(tiny_model, tmp_path):
+    args = train_ppo_baseline.Args(tiny_model, tiny_model, output_dir=str(tmp_path / "out"))
+    fails(train_ppo_baseline.main, args, "is it a GVM or a reward model|no value or reward model", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"micro_batch_size": 3}, {"reward_batch_size": 3}, {"reward_num_epochs": 0}, {"rollout_batch_size": 7},
+     {"value_clip_coef": 0.0}],
+)  # fmt: skip
+def test_impossible_settings_of_ppo(setting, tiny_model, tmp_path):
+    args = train_ppo_baseline.Args(
+        tiny_model, output_dir=str(tmp_path / "out"), reward_output_dir=str(tmp_path / "out"), **setting
+    )
+    fails(train_ppo_baseline.main, args, "must be above 0|must be a multiple of", tmp_path)
+
+
+def test_prompts_train_no_reward_model(make, tiny_model, tmp_path):
+    args = train_ppo_baseline.Args(tiny_model, dataset=make([{"prompt": "a"}]), output_dir=str(tmp_path / "out"),
+                                   reward_output_dir=str(tmp_path / "out"))  # fmt: skip
+    fails(train_ppo_baseline.main, args, "columns .*prompt.* fit none of", tmp_path)
+
+
+def test_a_pair_is_seen_in_one_piece(make, tiny_model, tmp_path):
+    args = train_gvm.Args(tiny_model, make([PAIR]), str(tmp_path / "out"), micro_batch_size=1)
+    fails(train_gvm.main, args, "--micro-batch-size 1 must be a multiple of 2", tmp_path)
 
 
 def test_a_head_of_the_wrong_width(tiny_model, tmp_path):

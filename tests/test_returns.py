@@ -6,6 +6,7 @@ import torch
 import common
 import train_dvpo
 import train_gvm
+import train_ppo_baseline
 
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)  # one answer is cut at R
 
@@ -126,6 +127,41 @@ def test_ppo_clip_by_hand():
     loss, (_, clipped, ratio, _) = train_dvpo.ppo_clip_loss(new, old, advantages, mask, clip_coef=0.2)
     assert loss.item() == pytest.approx(-(1.2 - 1.5 + 0.5 - 0.8))
     assert clipped.item() == 4 and ratio.item() == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 1.0), (1.0, 0.0)])
+def test_ppo_advantages_against_a_plain_loop(gamma, lam):
+    """KL on every token, the score on the last, nothing after it; answers of 1, 3 and 4 tokens."""
+    torch.manual_seed(0)
+    values, kl, scores = torch.randn(3, 5), torch.randn(3, 4), torch.randn(3)
+    mask = torch.arange(4) < torch.tensor([[1], [3], [4]])
+    advantages, returns = train_ppo_baseline.ppo_advantages(values, scores, kl, mask, gamma, lam, kl_coef=0.1)
+    expected = torch.zeros(3, 4)
+    for i in range(3):
+        following = 0.0
+        for t in reversed(range(int(mask[i].sum()))):
+            last = t == mask[i].sum() - 1
+            reward = -0.1 * kl[i, t] + (scores[i] if last else 0.0)
+            delta = reward + gamma * (0.0 if last else values[i, t + 1]) - values[i, t]
+            expected[i, t] = following = delta + gamma * lam * following
+    torch.testing.assert_close(returns[mask], (expected + values[:, :-1])[mask])
+    torch.testing.assert_close(advantages, common.masked_whiten(expected, mask))
+
+
+def test_clipped_value_loss_by_hand():
+    """The larger of the two errors counts, so a value cannot gain by leaving the neighbourhood of the old one."""
+    values, mask = torch.zeros(1, 3), torch.tensor([[True, True, False]])
+    new_values, returns = torch.tensor([[0.5, -0.1, 9.0]]), torch.tensor([[1.0, 0.3, 0.0]])
+    loss = train_ppo_baseline.clipped_value_loss(new_values, values, returns, mask, clip_coef=0.2)
+    assert loss.item() == pytest.approx(0.5 * ((0.2 - 1.0) ** 2 + (-0.1 - 0.3) ** 2))
+
+
+def test_bradley_terry_by_hand():
+    scores = torch.tensor([1.0, 0.0, -1.0, 1.0], requires_grad=True)  # one pair ranked rightly, one wrongly
+    loss = train_gvm.bradley_terry_loss(scores)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.313262 + 2.126928, abs=1e-5)
+    torch.testing.assert_close(scores.grad, torch.tensor([-0.268941, 0.268941, -0.880797, 0.880797]))
 
 
 def test_value_report_by_hand():

@@ -8,13 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, read_metrics, run_script
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 
 import common
 import train_dvpo
 import train_gvm
+import train_ppo_baseline
 
-SCRIPTS = ["sft", "train_gvm", "train_dvpo", "evaluate"]
+SCRIPTS = ["sft", "train_gvm", "train_dvpo", "train_ppo_baseline", "evaluate"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -58,7 +64,16 @@ def assert_same_run(a, b, keys, tolerance=2e-6):
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory, tiny_model):
+def some_pairs(tmp_path_factory) -> str:
+    """A file of 48 preference pairs of the embedded task."""
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    rows = [{"prompt": e.prompt, "chosen": e.chosen, "rejected": e.rejected} for e in common.toy_examples()[0][:48]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory, tiny_model, some_pairs):
     """sft -> train_gvm (conditioned) -> train_dvpo -> evaluate, each by the command a user types."""
     folder = tmp_path_factory.mktemp("chain")
     size = ["--num-examples", 24, "--num-epochs", 1, "--batch-size", 16]
@@ -68,6 +83,9 @@ def chain(tmp_path_factory, tiny_model):
          "--num-context-trajectories", 1, "--learning-rate", 0.01],
         ["train_dvpo.py", "--model-path", folder / "sft", "--gvm-path", folder / "gvm", "--output-dir", folder / "dvpo",
          "--num-updates", 2, "--rollout-batch-size", 8, "--num-epochs", 1, "--num-minibatches", 1, "--kl-target", 1],
+        ["train_ppo_baseline.py", "--model-path", folder / "sft", "--output-dir", folder / "ppo", "--reward-output-dir",
+         folder / "rm", "--dataset", some_pairs, "--reward-batch-size", 16, "--num-updates", 2,
+         "--rollout-batch-size", 8, "--num-epochs", 1, "--num-minibatches", 1, "--kl-target", 1],
         ["evaluate.py", f"sft={folder / 'sft'}", f"dvpo={folder / 'dvpo'}", "--reference-path", folder / "sft",
          "--gvm-path", folder / "gvm", "--output-dir", folder / "eval", "--num-prompts", 16],
     ]  # fmt: skip
@@ -82,6 +100,8 @@ def test_outputs_load_and_tell_how_they_were_made(chain):
         ("sft", AutoModelForCausalLM),
         ("gvm", AutoModelForTokenClassification),
         ("dvpo", AutoModelForCausalLM),
+        ("rm", AutoModelForSequenceClassification),
+        ("ppo", AutoModelForCausalLM),
     ):
         folder = chain / name
         model, info = auto.from_pretrained(folder, output_loading_info=True)
@@ -107,18 +127,66 @@ def test_the_policy_really_moved(chain):
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_metrics_have_the_contracts_names(chain):
-    first, second = read_metrics(chain / "dvpo")
-    for key in ("objective/kl objective/entropy objective/non_score_reward objective/scores objective/gold "
+@pytest.mark.parametrize("stage", ["dvpo", "ppo"])
+def test_metrics_have_the_contracts_names(chain, stage):
+    first, second = read_metrics(chain / stage)
+    for key in ("objective/kl objective/entropy objective/non_score_reward objective/scores val/off_support "
                 "policy/approxkl policy/clipfrac policy/entropy loss/policy val/ratio val/ratio_var "
                 "val/response_length val/eos_rate optim/lr optim/grad_norm time/rollout time/score time/update "
                 "time/total time/tokens_per_sec time/peak_mem_gb").split():  # fmt: skip
         assert isinstance(first[key], float), key
+    assert "objective/gold" in read_metrics(chain / "dvpo")[0] and "loss/value" in read_metrics(chain / "ppo")[0]
+    assert "rm/loss" in read_metrics(chain / "rm")[-1] and "rm/pair_accuracy" in read_metrics(chain / "rm")[-1]
     assert "gvm/loss" in read_metrics(chain / "gvm")[-1] and "gvm/pair_accuracy" in read_metrics(chain / "gvm")[-1]
     assert second["objective/kl_coef"] != first["objective/kl_coef"]  # --kl-target adapts it
     # Kept state is exactly on-policy at first: ratio 1, no clipping, no KL to old or reference policy.
     assert first["val/ratio"] == pytest.approx(1, abs=1e-6) and abs(first["val/ratio_var"]) < 1e-6
     assert first["policy/clipfrac"] == 0 and abs(first["policy/approxkl"]) < 1e-6 and abs(first["objective/kl"]) < 1e-5
+
+
+def test_dvpo_and_ppo_start_from_the_same_rollout(chain):
+    """Same seed, same prompts, same draws: their runs overlay."""
+    dvpo, ppo = chain / "dvpo", chain / "ppo"
+    assert [json.loads((f / "args.json").read_text())["seed"] for f in (dvpo, ppo)] == [1, 1]
+    shared = read_metrics(dvpo)[0].keys() & read_metrics(ppo)[0].keys()
+    assert read_metrics(dvpo)[0].keys() - shared == {"objective/gold"}  # which only the embedded task has
+    assert read_metrics(ppo)[0].keys() - shared == {"loss/value", "critic/explained_variance", "critic/drift"}
+
+
+def test_the_reward_model_scores_answers_for_others_as_for_us(chain):
+    """transformers' own sequence classifier reads the same score, and a critic starts as the reward model."""
+    tokenizer = common.load_tokenizer(str(chain / "rm"))
+    prompts = [common.tokenize_prompt(tokenizer, [{"role": "user", "content": "list two animals"}])] * 2
+    answers = common.tokenize_answers(tokenizer, ["dog and cow.", "dog."], 20)
+    batch = common.pad_batch(prompts, answers, tokenizer.pad_token_id, "cpu")
+    rm = common.load_value_model(str(chain / "rm"), tokenizer, torch.float32, False, AutoModelForSequenceClassification)
+    critic = common.load_value_model(str(chain / "rm"), tokenizer, torch.float32, fresh_head=False)
+    with torch.no_grad():
+        scores = common.last_values(train_ppo_baseline.token_values(rm, **batch), batch["response_mask"])
+        theirs = AutoModelForSequenceClassification.from_pretrained(chain / "rm")(
+            batch["input_ids"], attention_mask=batch["attention_mask"]
+        ).logits[:, 0]
+        values = train_ppo_baseline.token_values(critic, **batch)
+    assert scores.abs().min() > 0
+    torch.testing.assert_close(scores, theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(common.last_values(values, batch["response_mask"]), scores)
+
+
+@pytest.mark.parametrize("method", ["dvpo", "ppo"])
+def test_a_policy_that_leaves_the_data_is_noticed(method, chain, tiny_model, tiny_gvm, tmp_path, capsys):
+    """Nothing holds the policy back and its judge knows nothing: its answers become ones that no data had."""
+    shares = []
+    for learning_rate in (1e-6, 0.05):
+        same = dict(output_dir=str(tmp_path / str(learning_rate)), num_updates=8, rollout_batch_size=32,
+                    learning_rate=learning_rate, kl_coef=0.0)  # fmt: skip
+        if method == "dvpo":
+            train_dvpo.main(train_dvpo.Args(tiny_model, tiny_gvm, **same))
+        else:
+            train_ppo_baseline.main(train_ppo_baseline.Args(tiny_model, str(chain / "rm"), **same))
+        shares.append(read_metrics(same["output_dir"])[-1]["val/off_support"])
+        warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")]
+        assert len(warnings) == (shares[-1] > 0.5)
+    assert shares[0] < 0.25 and shares[1] > 0.5
 
 
 def test_evaluation_reports_every_policy_and_the_gvm(chain):
@@ -156,9 +224,9 @@ def test_reports_escape_model_output(tmp_path):
          {"ranks": 2, "flags": ["--dp-replicate", 2, "--micro-batch-size", 2, "--gradient-checkpointing"]}),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("script", ["sft", "train_gvm", "train_dvpo"])
+@pytest.mark.parametrize("script", ["sft", "train_gvm", "train_dvpo", "train_ppo_baseline"])
 def test_ranks_and_micro_batches_do_not_change_a_run(
-    script, name, extra, tiny_model, tiny_gvm, tmp_path, same_run_cache
+    script, name, extra, tiny_model, tiny_gvm, some_pairs, tmp_path, same_run_cache
 ):
     flags = {
         "sft": ["--model-path", tiny_model, "--num-examples", 32, "--num-epochs", 1, "--batch-size", 16],
@@ -166,12 +234,16 @@ def test_ranks_and_micro_batches_do_not_change_a_run(
                       "--num-context-trajectories", 2],
         "train_dvpo": ["--model-path", tiny_model, "--gvm-path", tiny_gvm, "--num-updates", 3,
                        "--rollout-batch-size", 16],
+        "train_ppo_baseline": ["--model-path", tiny_model, "--dataset", some_pairs, "--reward-batch-size", 16,
+                               "--reward-output-dir", tmp_path / "rm", "--num-updates", 3, "--rollout-batch-size", 16],
     }[script]  # fmt: skip
     keys = {
         "sft": ["loss/sft", "optim/grad_norm"],
         "train_gvm": ["gvm/loss", "optim/grad_norm"],
         "train_dvpo": ["loss/policy", "optim/grad_norm", "objective/kl", "objective/gold", "policy/approxkl",
                        "objective/scores", "val/response_length", "policy/entropy"],
+        "train_ppo_baseline": ["loss/policy", "loss/value", "optim/grad_norm", "objective/kl", "policy/approxkl",
+                               "objective/scores", "val/response_length", "critic/drift", "critic/explained_variance"],
     }[script]  # fmt: skip
     if script not in same_run_cache:
         same_run_cache[script] = tmp_path / "one"
