@@ -218,17 +218,17 @@ def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, tem
 
 
 # Copied from train_gvm.token_values
-def token_values(gvm, input_ids, attention_mask, response_mask) -> torch.Tensor:
+def token_values(model, input_ids, attention_mask, response_mask) -> torch.Tensor:
     """Values `(B, R + 1)` in fp32: column 0 after the last prompt token, column t after response token t.
 
     `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`. The head computes in fp32: neighbouring values
     differ by less than bf16 resolves, and advantages are those differences.
     """
     R = response_mask.shape[1]
-    hidden = gvm.base_model(
+    hidden = model.base_model(
         input_ids, attention_mask=attention_mask, position_ids=common.position_ids(attention_mask), use_cache=False
     ).last_hidden_state[:, -R - 1 :]  # (B, R + 1, H)
-    return hidden.float() @ gvm.score.weight[0].float()
+    return hidden.float() @ model.score.weight[0].float()
 
 
 # ---- Held-out answers of a dataset, behind their context -------------------------------------------------------------

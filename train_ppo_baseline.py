@@ -202,17 +202,17 @@ def token_logprobs(model, input_ids, attention_mask, response_mask, temperature)
 
 
 # Copied from train_gvm.token_values
-def token_values(gvm, input_ids, attention_mask, response_mask) -> torch.Tensor:
+def token_values(model, input_ids, attention_mask, response_mask) -> torch.Tensor:
     """Values `(B, R + 1)` in fp32: column 0 after the last prompt token, column t after response token t.
 
     `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`. The head computes in fp32: neighbouring values
     differ by less than bf16 resolves, and advantages are those differences.
     """
     R = response_mask.shape[1]
-    hidden = gvm.base_model(
+    hidden = model.base_model(
         input_ids, attention_mask=attention_mask, position_ids=common.position_ids(attention_mask), use_cache=False
     ).last_hidden_state[:, -R - 1 :]  # (B, R + 1, H)
-    return hidden.float() @ gvm.score.weight[0].float()
+    return hidden.float() @ model.score.weight[0].float()
 
 
 # Copied from train_gvm.bradley_terry_loss
@@ -425,9 +425,8 @@ def main(args: Args) -> None:
     common.check_positive(args, "num_updates", "response_length", "temperature", "sample_every", "value_clip_coef")
     common.check_positive(args, "reward_num_epochs", "reward_batch_size")
     common.check_divides(args.num_minibatches * world_size, "--rollout-batch-size", args.rollout_batch_size)
-    common.check_divides(
-        2 * world_size, "--reward-batch-size", args.reward_batch_size
-    )  # the two of a pair stay together
+    # The two answers of a pair stay together.
+    common.check_divides(2 * world_size, "--reward-batch-size", args.reward_batch_size)
     common.check_divides(args.dp_replicate, "the number of processes,", world_size)
     mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
                             mesh_dim_names=("replicate", "shard"))  # fmt: skip
