@@ -94,7 +94,7 @@ class Args:
     """discount per token (released code: 1)"""
     gae_lambda: float = 0.95
     """(released code: 0.95)"""
-    kl_coef: float = 0.05
+    kl_coef: float = 0.1
     """reward per nat of KL to the reference (released code: 0.2, adaptive)"""
     kl_target: float | None = None
     """nats per answer; adapts `kl_coef` towards it (released code: 6); None keeps it fixed"""

@@ -33,11 +33,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "peers")]
 EXPERIMENTS = ("tuning", "base", "frontier", "gvm", "advantage", "stability", "unreliable")
 COEFS = {  # of the KL to the reference: kl_coef (DVPO, PPO), beta (GRPO, DPO)
     "dvpo": (0.2, 0.1, 0.05, 0.025, 0.0125),
-    "ppo": (0.8, 0.4, 0.2, 0.1, 0.05),
+    "ppo": (0.4, 0.2, 0.1, 0.05, 0.025),
     "grpo": (0.16, 0.08, 0.04, 0.02, 0.01),
     "dpo": (1.0, 0.3, 0.1, 0.03, 0.01),
 }
-DEFAULT = {"dvpo": 0.05, "ppo": 0.2}
+DEFAULT = {"dvpo": 0.05, "ppo": 0.1}
 RATES = (3e-5, 1e-4, 1e-3)  # beside the default 3e-4
 GVMS = {  # one thing changed in the value model
     "td_lambda=0": {"td_lambda": 0.0},
@@ -244,6 +244,8 @@ def run_cell(cell: Cell, folder: str) -> dict:
         final = Path(flags["output_dir"]) / "model.safetensors"
         if final.exists() and script in ("sft", "train_gvm"):
             continue  # another run of this seed has made it
+        if "reward_path" in flags and Path("rm/model.safetensors").exists():
+            flags["reward_path"] = "rm"
         random.seed(cell.seed)
         torch.manual_seed(cell.seed)
         module = importlib.import_module(script)

@@ -198,6 +198,15 @@ def value_models(rows: list[dict]) -> None:
     )
     if rm:
         print(f"\nReward model (Bradley-Terry), pair accuracy: {show(rm)}, {len(rm)} seeds")
+    print("\n## Value models by fraction of the answer seen")
+    lines = []
+    for (_, setting), members in groups.items():
+        if "gvm" in members[0] and setting.startswith(("default", "1,500")):
+            fractions = members[0]["gvm"]["by_fraction"]
+            for key in ("pair_accuracy", "explained_variance", "gold_correlation"):
+                cells = [show([row["gvm"]["by_fraction"][f][key] for row in members]) for f in fractions]
+                lines.append([setting, str(len(members)), key.replace("_", " "), *cells])
+    table("GVM | seeds | | 0 % | 25 % | 50 % | 75 % | 100 %", lines)
     policies = defaultdict(list)
     for row in rows:
         if row["experiment"] == "base" and row["method"] == "gvm":
