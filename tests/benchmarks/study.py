@@ -17,6 +17,7 @@ import os
 import shutil
 import statistics
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -75,6 +76,8 @@ TUNING = {  # beside the default: four settings more for every method
 class Args:
     only: tuple[str, ...] = EXPERIMENTS
     """experiments to run; "base" is what all others start from and runs wherever it is missing"""
+    match: tuple[str, ...] = ("",)
+    """run what has one of these in its name, as in dvpo/q or bt_coef"""
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     """seeds of all stages"""
     num_workers: int = 2
@@ -292,6 +295,12 @@ def curve(updates: list[dict]) -> dict[str, list[float]]:
             **{name: [statistics.mean(u[name] for u in part) for part in parts] for name in names}}  # fmt: skip
 
 
+def leave_with_parent() -> None:
+    """Let a worker die with the study: stopped or killed, it must not go on in the background."""
+    wait = lambda: (multiprocessing.parent_process().join(), os._exit(1))
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def run_job(job: list[Cell], folder: str, log_file: str) -> list[dict]:
     """Cells that build on one another, in turn; what they print goes to `log_file`."""
     import torch.distributed as dist
@@ -318,7 +327,7 @@ def main(args: Args) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     done = {json.loads(line)["key"] for line in results.read_text().splitlines()} if results.exists() else set()
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(args.num_workers, context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(args.num_workers, context, leave_with_parent) as pool:
         seeds_of = lambda experiment: (TUNING_SEED,) if experiment == "tuning" else args.seeds
         all_seeds = dict.fromkeys(seed for experiment in args.only for seed in seeds_of(experiment))
         for base in (True, False):
@@ -328,6 +337,7 @@ def main(args: Args) -> None:
                 jobs.append([cell for cell in cells("base", seed) if not made or cell.key not in done])
             for experiment in () if base else args.only:
                 todo = [cell for seed in seeds_of(experiment) for cell in cells(experiment, seed)]
+                todo = [cell for cell in todo if any(part in cell.key for part in args.match)]
                 jobs += [[cell] for cell in todo if cell.key not in done and experiment != "base"]
             futures = {}
             for i, job in enumerate(job for job in jobs if job):
