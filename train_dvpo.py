@@ -48,7 +48,7 @@ class Args:
     """seed of prompts order, sampling and minibatches"""
     num_updates: int = 300
     """updates, each one rollout and `num_epochs` passes over it"""
-    learning_rate: float = 3e-4
+    learning_rate: float = 6e-4
     """AdamW's, decayed linearly to zero (released code: 2e-6 on 3B to 8B models)"""
     num_epochs: int = 2
     """passes over each rollout (released code: 4)"""

@@ -64,7 +64,7 @@ class Args:
     """seed of the RM's data order, prompts order, sampling and minibatches"""
     num_updates: int = 300
     """updates, each one rollout and `num_epochs` passes over it"""
-    learning_rate: float = 3e-4
+    learning_rate: float = 6e-4
     """AdamW's, decayed linearly to zero (released code: 2e-6 on 3B to 8B models)"""
     critic_learning_rate: float = 1e-3
     """the critic's, decayed likewise"""

@@ -39,7 +39,7 @@ COEFS = {  # of the KL to the reference: kl_coef (DVPO, PPO), beta (GRPO, DPO)
     "dpo": (1.0, 0.3, 0.1, 0.03, 0.01),
 }
 DEFAULT = {"dvpo": 0.05, "ppo": 0.1}
-RATES = (3e-5, 1e-4, 1e-3)  # beside the default 3e-4
+RATES = (1e-4, 3e-4, 1e-3)  # beside the default 6e-4
 GVMS = {  # one thing changed in the value model
     "td_lambda=0": {"td_lambda": 0.0},
     "td_lambda=0.5": {"td_lambda": 0.5},
@@ -65,11 +65,13 @@ ADVANTAGES = {
 
 TUNING_SEED = 100  # of runs that only choose settings
 TUNING = {  # beside the default: four settings more for every method
-    "dvpo": ({"learning_rate": 1e-4}, {"learning_rate": 6e-4}, {"gae_lambda": 1.0}, {"kl_coef": 0.1}),
-    "ppo": ({"learning_rate": 1e-4}, {"learning_rate": 6e-4}, {"critic_learning_rate": 3e-4}, {"value_clip_coef": 5.0}),
-    "grpo": ({}, {"learning_rate": 1e-4}, {"learning_rate": 6e-4}, {"num_generations": 4}, {"num_generations": 16}),
+    "dvpo": ({"learning_rate": 1e-4}, {"learning_rate": 3e-4}, {"learning_rate": 3e-4, "gae_lambda": 1.0},
+             {"learning_rate": 3e-4, "kl_coef": 0.1}),
+    "ppo": ({"learning_rate": 1e-4}, {"learning_rate": 3e-4}, {"learning_rate": 3e-4, "critic_learning_rate": 3e-4},
+            {"learning_rate": 3e-4, "value_clip_coef": 5.0}),
+    "grpo": ({}, {"learning_rate": 1e-4}, {"learning_rate": 3e-4}, {"num_generations": 4}, {"num_generations": 16}),
     "dpo": ({}, {"learning_rate": 3e-5}, {"learning_rate": 3e-4}, {"learning_rate": 1e-3}, {"num_epochs": 2}),
-}
+}  # fmt: skip
 
 
 @dataclass
@@ -144,8 +146,10 @@ def cells(experiment: str, seed: int) -> list[Cell]:
         return [train(method, f"learning_rate={rate:g}", {"learning_rate": rate}, coef=DEFAULT[method])
                 for method in ("dvpo", "ppo") for rate in RATES]  # fmt: skip
     # A GVM from a sixteenth of the pairs and nothing that holds the policy back: it will be exploited.
-    small = train("dvpo", "1/16 of the pairs, kl_coef=0", {"kl_coef": 0.0}, gvm="gvm-1_16_of_the_pairs", coef=0.0)
-    return [train("dvpo", "kl_coef=0", {"kl_coef": 0.0}, coef=0.0), small]
+    small = "gvm-1_16_of_the_pairs"
+    exploited = train("dvpo", "1/16 of the pairs, kl_coef=0", {"kl_coef": 0.0}, gvm=small, coef=0.0)
+    exploited.stages.insert(0, ("train_gvm", {"output_dir": small, **GVMS["1/16 of the pairs"]}))
+    return [train("dvpo", "kl_coef=0", {"kl_coef": 0.0}, coef=0.0), exploited]
 
 
 # ---- One run ---------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ class Args:
     """passes over each rollout"""
     num_minibatches: int = 2
     """optimizer steps per pass"""
-    learning_rate: float = 3e-4
+    learning_rate: float = 6e-4
     """AdamW's, decayed linearly to zero"""
     beta: float = 0.04
     """weight of the KL to the reference"""
