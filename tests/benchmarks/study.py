@@ -70,7 +70,8 @@ TUNING = {  # beside the default: four settings more for every method
     "ppo": ({"learning_rate": 1e-4}, {"learning_rate": 3e-4}, {"learning_rate": 3e-4, "critic_learning_rate": 3e-4},
             {"learning_rate": 3e-4, "value_clip_coef": 5.0}),
     "grpo": ({}, {"learning_rate": 1e-4}, {"learning_rate": 3e-4}, {"num_generations": 4}, {"num_generations": 16}),
-    "dpo": ({}, {"learning_rate": 3e-5}, {"learning_rate": 3e-4}, {"learning_rate": 1e-3}, {"num_epochs": 2}),
+    "dpo": ({}, {"learning_rate": 3e-5}, {"learning_rate": 1e-4}, {"learning_rate": 3e-4},
+            {"learning_rate": 1e-4, "num_epochs": 2}),
 }  # fmt: skip
 
 

@@ -32,7 +32,7 @@ class Args:
     """passes over the pairs"""
     batch_size: int = 32
     """pairs per update"""
-    learning_rate: float = 1e-4
+    learning_rate: float = 1e-3
     """AdamW's peak, decayed linearly to zero after a tenth of warm-up"""
     beta: float = 0.1
     """how strongly the policy is held to the reference"""
