@@ -198,6 +198,9 @@ def test_evaluation_reports_every_policy_and_the_gvm(chain):
     assert results["policies"]["sft"]["kl"] == pytest.approx(0, abs=1e-5)
     assert results["policies"]["sft"]["win_rate"]["mean"] == 0.5
     assert set(results["gvm"]["pair_accuracy"]) == {"mean", "last", "p1", "p5", "p10", "p90", "p95", "p99"}
+    assert results["gvm"]["by_policy"].keys() == common.TOY_POLICIES.keys()
+    skill = {name: row["mean_label"] for name, row in results["gvm"]["by_policy"].items()}
+    assert skill["expert"] > skill["careful"] > skill["careless"]
     assert 0.7 < results["gvm"]["gold_pair_accuracy"] < 0.9
     page = (chain / "eval" / "report.html").read_text()
     assert "default-src 'none'" in page and "<script" not in page and "&lt;" not in page.split("<h2>")[1]
