@@ -747,7 +747,8 @@ def load_pretrained(auto_class, path: str, **kwargs):
     local = Path(path).expanduser()
     # "runs/sft" would pass for a hub id, so the project's own output folders are always local.
     if path.startswith((".", "/", "~", "runs/")) and not local.is_dir():
-        made_by = {"sft": "sft.py", "gvm": "train_gvm.py", "dvpo": "train_dvpo.py", "ppo": "train_ppo_baseline.py"}
+        made_by = {"sft": "sft.py", "gvm": "train_gvm.py", "dvpo": "train_dvpo.py", "rm": "train_ppo_baseline.py",
+                   "ppo": "train_ppo_baseline.py"}  # fmt: skip
         script = made_by.get(local.name) if path.startswith("runs/") else None
         raise UserError(f"{path}: no such folder" + (f"; `python {script}` makes it" if script else ""))
     try:
@@ -814,8 +815,8 @@ def load_value_model(path: str, tokenizer, dtype: torch.dtype, fresh_head: bool,
     config = load_config(path, tokenizer)
     families = auto_class._model_mapping
     if type(config) not in families:
-        raise UserError(f"{path}: {config.model_type} has no token-classification head; use a Llama, Qwen2, Qwen3, "
-                        "Mistral, Gemma or other family that AutoModelForTokenClassification knows")  # fmt: skip
+        raise UserError(f"{path}: {config.model_type} has no such head as a value needs; use a Llama, Qwen2, Qwen3, "
+                        "Mistral, Gemma or other family that {auto_class.__name__} knows")  # fmt: skip
     widths = getattr(config, "num_labels", 1)
     check(
         fresh_head or widths == 1,
@@ -827,7 +828,7 @@ def load_value_model(path: str, tokenizer, dtype: torch.dtype, fresh_head: bool,
                                   use_safetensors=True, output_loading_info=True)  # fmt: skip
     head = getattr(model, "score", None)
     plain = isinstance(head, torch.nn.Linear) and head.bias is None
-    check(plain, f"{path}: the token-classification head of {config.model_type} is not a plain `score` layer; use a "
+    check(plain, f"{path}: the head of {type(model).__name__} is not a plain `score` layer; use a "
                  "Llama, Qwen2, Qwen3, Mistral or Gemma model")  # fmt: skip
     if fresh_head and "score.weight" in info["missing_keys"]:
         torch.nn.init.zeros_(head.weight)
@@ -843,9 +844,9 @@ def check_same_tokenizer(policy_path: str, policy_tokenizer, value_path: str, va
     pair = f"{value_path} and {policy_path} have different"
     same = policy_tokenizer.get_vocab() == value_tokenizer.get_vocab()
     sizes = f"{len(value_tokenizer)} and {len(policy_tokenizer)} tokens"
-    check(same, f"{pair} tokenizers ({sizes}): train the GVM from the policy's own model")
+    check(same, f"{pair} tokenizers ({sizes}): train both from the same model")
     same = policy_tokenizer.chat_template == value_tokenizer.chat_template
-    check(same, f"{pair} chat templates: train the GVM from the policy's own model")
+    check(same, f"{pair} chat templates: train both from the same model")
 
 
 # ---- Output folders --------------------------------------------------------------------------------------------------
@@ -853,7 +854,8 @@ class Run:
     """A run's folder, written by rank 0: args.json, a copy of the script, metrics.jsonl and, at the end, the model."""
 
     def __init__(self, args, script: str, track: str | None):
-        self.folder, self.started, self.printed, self.tracker = Path(args.output_dir), time.time(), 0.0, None
+        self.folder, self.started, self.printed = Path(args.output_dir), time.time(), 0.0
+        self.track, self.tracker = track, None
         self.writes = dist.get_rank() == 0
         if not self.writes:
             return
@@ -908,10 +910,14 @@ class Run:
         command = f"torchrun --nproc_per_node {dist.get_world_size()} " if dist.get_world_size() > 1 else "python "
         (unfinished / "README.md").write_text(
             f"# {title}\n\nMade by\n\n```\n{command}{shlex.join(sys.argv)}\n```\n\n"
-            "Method: Decoupled Value Policy Optimization, arXiv:2502.16944. Settings: `args.json`; every update: "
+            "in an implementation of arXiv:2502.16944 and its baseline. Settings: `args.json`; every update: "
             "`metrics.jsonl`.\n"
         )
         for file in unfinished.iterdir():
             os.replace(file, self.folder / file.name)
         unfinished.rmdir()
+        if self.track == "wandb":  # or the next run of this process would go on in this one
+            import wandb
+
+            wandb.finish()
         log(f"saved {self.folder} after {time.time() - self.started:.0f} s")

@@ -421,11 +421,11 @@ def main(args: Args) -> None:
         lengths = response_mask.sum(1)  # (B,)
         scores = common.last_values(gvm_values, response_mask)  # (B,) the GVM's judgement of the finished answer
         # Can the GVM still be trusted? It learned from answers that the reference, too, was trained on. Nothing in its
-        # values betrays an answer unlike those, but the reference's surprise does, nats per token.
+        # values betrays an answer unlike those, but the reference's surprise may, nats per token.
         surprise = -ref_logprobs.sum(1) / lengths  # (B,)
         if update == 1:  # the policy still is the reference
             usual_surprise = surprise.quantile(0.95)
-        off_support = (surprise > usual_surprise).float().mean().item()  # 0.05 if all is well
+        off_support = (surprise > usual_surprise).float().mean().item()  # starts near 0.05
         ended = torch.isin(response_ids.gather(1, lengths[:, None] - 1)[:, 0], end_ids)  # (B,)
         sequence_kl = kl.sum(1).mean().item()
         seconds = time_rollout + time_score + time_update

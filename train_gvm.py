@@ -46,7 +46,7 @@ class Args:
     # Training
     seed: int = 1
     """seed of data order and context trajectories"""
-    num_epochs: int = 2
+    num_epochs: int = 3
     """passes over the data"""
     num_examples: int | None = None
     """use only the first so many training examples (pairs count as one); None uses all"""
@@ -73,7 +73,7 @@ class Args:
     td_lambda: float = 0.95
     """0: one-step TD (the paper's loss), 1: Monte Carlo (released code: 0.95)"""
     bt_coef: float = 0.1
-    """weight of a Bradley-Terry term on the last values of each pair (the paper and the released code have none: 0)"""
+    """weight of a Bradley-Terry term on the last values of each preference pair (paper, released code: none, 0)"""
     num_context_trajectories: int = 0
     """K, other prompt/answer pairs by the same policy in front; needs policy columns (released code: 0)"""
     context_trajectory_length: int = 256
@@ -285,7 +285,7 @@ def main(args: Args) -> None:
             values = gvm.token_values(**batch)  # (micro, R + 1)
             loss = td_loss(values, labels, batch["response_mask"], args.gamma, args.td_lambda) / num_values
             loss_sum += loss.detach()
-            if group == 2 and args.bt_coef:
+            if group == 2 and args.label_source == "preference":
                 # DEVIATION: a pair says which answer is better, and +1 and -1 make two absolute verdicts of it, blurred
                 # by the strength of the other answer. This term takes the pair as it is, on the finished answers.
                 last_values = common.last_values(values, batch["response_mask"])  # (micro,)

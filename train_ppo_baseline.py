@@ -1,4 +1,6 @@
-"""Baseline: PPO-RLHF, the method that DVPO (arXiv:2502.16944v2) does without half of. `diff` it with train_dvpo.py.
+"""Baseline: PPO-RLHF with a reward model and an online critic, what DVPO (arXiv:2502.16944v2) does without.
+
+`diff train_ppo_baseline.py train_dvpo.py` shows the paper: same rollout, same policy loss, same metrics.
 
 Before the loop a reward model (RM) learns the preferences by Bradley-Terry, unless `--reward-path` names one. In the
 loop a critic, started from the RM, learns the values of the policy online. Per update:
@@ -18,6 +20,7 @@ loads, and `--reward-output-dir`, a sequence-classification checkpoint, where th
 Shapes: B sequences, P prompt tokens (left-padded), R response tokens, T = P + R, V vocabulary, H hidden, N tokens.
 """
 
+import gc
 import types
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -66,7 +69,7 @@ class Args:
     """updates, each one rollout and `num_epochs` passes over it"""
     learning_rate: float = 6e-4
     """AdamW's, decayed linearly to zero (released code: 2e-6 on 3B to 8B models)"""
-    critic_learning_rate: float = 1e-3
+    critic_learning_rate: float = 3e-4
     """the critic's, decayed likewise"""
     num_epochs: int = 2
     """passes over each rollout (released code: 4)"""
@@ -444,6 +447,7 @@ def main(args: Args) -> None:
     reward_path = args.reward_path or args.reward_output_dir
     if args.reward_path is None:
         train_reward_model(replace(args, output_dir=reward_path), tokenizer, mesh, dtype, device)
+        gc.collect()  # the model and its methods refer to each other: without it, its memory would stay taken
     common.check_same_tokenizer(args.model_path, tokenizer, reward_path, common.load_tokenizer(reward_path))
     policy = common.load_policy(args.model_path, tokenizer, torch.float32).train()
     if args.gradient_checkpointing:
@@ -543,15 +547,15 @@ def main(args: Args) -> None:
         time_update = common.clock(device) - start
 
         # ---- 7 Log ---------------------------------------------------------------------------------------------------
-        loss, approxkl, clipfrac, ratio, ratio_squared, entropy, value_loss, _, grad_norm = (
+        loss, approxkl, clipfrac, ratio, ratio_squared, entropy, value_loss, drift, grad_norm = (
             torch.stack(steps).mean(0).tolist()
         )
         # Can the RM still be trusted? It learned from answers that the reference, too, was trained on. Nothing in its
-        # scores betrays an answer unlike those, but the reference's surprise does, nats per token.
+        # scores betrays an answer unlike those, but the reference's surprise may, nats per token.
         surprise = -ref_logprobs.sum(1) / lengths  # (B,)
         if update == 1:  # the policy still is the reference
             usual_surprise = surprise.quantile(0.95)
-        off_support = (surprise > usual_surprise).float().mean().item()  # 0.05 if all is well
+        off_support = (surprise > usual_surprise).float().mean().item()  # starts near 0.05
         sequence_kl = kl.sum(1).mean().item()
         seconds = time_rollout + time_score + time_update
         metrics = {
@@ -569,7 +573,7 @@ def main(args: Args) -> None:
             "critic/explained_variance": common.explained_variance(
                 values[:, :-1][response_mask], returns[response_mask]
             ),
-            "critic/drift": steps[-1][-2].sqrt().item(),
+            "critic/drift": drift**0.5,
             "val/ratio": ratio,
             "val/ratio_var": ratio_squared - ratio**2,
             "val/response_length": lengths.float().mean().item(),

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +35,8 @@ PHASES = ("rollout", "score", "update", "total")
 class Args:
     size: Literal["embedded", "1b", "3b"] = "embedded"
     """shapes of all models"""
+    methods: tuple[Literal["dvpo", "ppo"], ...] = ("dvpo", "ppo")
+    """what to run"""
     rounds: int = 3
     """runs of each method, in turns"""
     num_updates: int = 0
@@ -44,7 +46,7 @@ class Args:
     micro_batch_size: int = 0
     """sequences per forward and backward; 0: 64 (embedded) or 4"""
     prompt_length: int = 0
-    """tokens, about; 0: 12 (embedded) or 512"""
+    """tokens of the longest prompts, the shortest have two thirds; 0: 12 (embedded) or 512"""
     response_length: int = 0
     """tokens; 0: 20 (embedded) or 512"""
     num_epochs: int = 2
@@ -87,11 +89,13 @@ def measure(method: str, args: Args) -> dict:
     common.Run.save = lambda *arguments: None
 
     # What is alive when an optimizer has stepped and gradients are still there.
-    state_bytes, adamw_step = 0, torch.optim.AdamW.step
+    state_bytes, counting, adamw_step = 0, True, torch.optim.AdamW.step
 
     def step(*arguments, **more):
         nonlocal state_bytes
         adamw_step(*arguments, **more)
+        if not counting:
+            return
         tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
         tensors += [x.grad for x in tensors if x.is_leaf and x.grad is not None]
         tensors = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
@@ -101,19 +105,21 @@ def measure(method: str, args: Args) -> dict:
     log = common.Run.log
 
     def log_and_reset(run, update, *rest):
+        nonlocal counting
         log(run, update, *rest)
-        if update == 1:  # set-up is over, and so is the count, which takes time
-            torch.optim.AdamW.step = adamw_step
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
+        counting = False  # in the first update alone, which is not timed: it takes long
+        if update == 1 and cuda:
+            torch.cuda.reset_peak_memory_stats()
 
     common.Run.log = log_and_reset
     torch.optim.AdamW.step = step
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "prompts.jsonl"
-        question = "list two animals, not the cat " * (args.prompt_length // 7 + 1)
-        texts = [" ".join(question.split()[: args.prompt_length - 2 - i % 4]) for i in range(256)]
-        prompts.write_text("".join(json.dumps({"prompt": f"{text} {i}"}) + "\n" for i, text in enumerate(texts)))
+        words = ("list two animals not the cat " * args.prompt_length).split()
+        texts = [
+            f"{i} " + " ".join(words[: args.prompt_length - 3 - i % (args.prompt_length // 3)]) for i in range(256)
+        ]
+        prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
         script = {"dvpo": "train_dvpo", "ppo": "train_ppo_baseline"}[method]
         module = __import__(script)
         own = {"ppo": {"critic_learning_rate": 0.0, "reward_path": "random"}}.get(method, {})
@@ -131,7 +137,8 @@ def measure(method: str, args: Args) -> dict:
     lengths = statistics.mean(row["val/response_length"] for row in rows)
     device = torch.cuda.get_device_name() if cuda else "CPU, one core"
     return {**result, "state_gb": state_bytes / 1e9, "peak_gb": rows[-1]["time/peak_mem_gb"],
-            "response_length": lengths, "device": device, "torch": torch.__version__}  # fmt: skip
+            "response_length": lengths, "device": device, "dtype": str(common.compute_dtype(args.dtype, torch.device(
+                "cuda" if cuda else "cpu"))).removeprefix("torch."), "torch": torch.__version__}  # fmt: skip
 
 
 def main(args: Args) -> None:
@@ -143,27 +150,25 @@ def main(args: Args) -> None:
     if "SPEED_METHOD" in os.environ:  # a child: one run of one method
         print(json.dumps(measure(os.environ["SPEED_METHOD"], args)))
         return
-    runs = {"dvpo": [], "ppo": []}
-    flags = [f"--{key.replace('_', '-')}" for key in asdict(args)]
-    command = [sys.executable, __file__]
-    for flag, value in zip(flags, asdict(args).values()):
-        command += [flag, str(value)] if not isinstance(value, bool) else [flag] * value
+    runs = {method: [] for method in args.methods}
     for _ in range(args.rounds):
         for method, results in runs.items():
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "SPEED_METHOD": method}
-            child = subprocess.run(command, env=environment, capture_output=True, text=True)
+            child = subprocess.run([sys.executable, *sys.argv], env=environment, capture_output=True, text=True)
             if child.returncode:
                 sys.exit(child.stderr)
             results.append(json.loads(child.stdout.splitlines()[-1]))
-    first = runs["dvpo"][0]
+    first = runs[args.methods[0]][0]
     print(f"{args.size}, {args.rollout_batch_size} answers of {first['response_length']:.1f} tokens, {args.num_epochs} "
-          f"epochs x 2 minibatches, {args.dtype}; {first['device']}, torch {first['torch']}; "
+          f"epochs x 2 minibatches, {first['dtype']}; {first['device']}, torch {first['torch']}; "
           f"medians of {args.rounds}")  # fmt: skip
     print("\n| | rollout s | score s | update s | total s | state GB | peak GB |\n|---|---|---|---|---|---|---|")
     keys = (*PHASES, "state_gb", "peak_gb")
     for method, results in runs.items():
         cells = [f"{statistics.median(result[key] for result in results):.4g}" for key in keys]
         print(f"| {method.upper()} | {' | '.join(cells)} |")
+    if len(runs) < 2:
+        return
     ratios = [sorted(a[key] / b[key] for a, b in zip(runs["dvpo"], runs["ppo"])) for key in keys]
     print(
         "| DVPO / PPO | " + " | ".join(f"{statistics.median(r):.3f} ({r[0]:.3f} to {r[-1]:.3f})" for r in ratios) + " |"
