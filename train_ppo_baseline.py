@@ -51,7 +51,7 @@ class Args:
     """folder of the RM trained here, its metrics and arguments"""
 
     # Reward model
-    reward_num_epochs: int = 2
+    reward_num_epochs: int = 3
     """passes over the preference pairs"""
     reward_learning_rate: float = 4e-4
     """AdamW's peak, decayed linearly to zero"""
