@@ -1,7 +1,9 @@
 """DPO by TRL's trainer, from the same SFT checkpoint and pairs as DVPO: what `evaluate.py` compares DVPO with.
 
-pip install -e '.[peers]'
-python tests/peers/dpo.py --model-path runs/sft --output-dir runs/dpo
+    pip install -e '.[peers]'
+    python tests/peers/dpo.py --model-path runs/sft --output-dir runs/dpo
+
+Out: a checkpoint that `from_pretrained` and `evaluate.py` load.
 """
 
 import sys

@@ -1,20 +1,22 @@
 """GRPO by TRL's trainer, from the same SFT checkpoint, prompts and reward model as the PPO baseline.
 
-pip install -e '.[peers]'
-python train_ppo_baseline.py                                         # leaves the reward model in runs/rm
-python tests/peers/grpo.py --model-path runs/sft --reward-path runs/rm --output-dir runs/grpo
+TRL shows the reward model every answer as a finished one, so answers that were cut are not punished for it.
+
+    pip install -e '.[peers]'
+    python train_ppo_baseline.py                                         # leaves the reward model in runs/rm
+    python tests/peers/grpo.py --model-path runs/sft --reward-path runs/rm --output-dir runs/grpo
+
+Out: a checkpoint that `from_pretrained` and `evaluate.py` load.
 """
 
-import json
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import torch
 import tyro
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import GRPOConfig, GRPOTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -30,7 +32,7 @@ class Args:
     dataset: str = "toy"
     """where the prompts come from"""
     output_dir: str = "runs/grpo"
-    """folder of the trained policy and of metrics.jsonl"""
+    """folder of the trained policy"""
     seed: int = 1
     """seed of prompt order and sampling"""
     num_updates: int = 300
@@ -49,18 +51,6 @@ class Args:
     """weight of the KL to the reference"""
     response_length: int = 20
     """tokens; longer answers are cut"""
-
-
-class Metrics(TrainerCallback):
-    """Writes TRL's log, with seconds since the start, to metrics.jsonl."""
-
-    def __init__(self, folder: str):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.file, self.started = open(Path(folder) / "metrics.jsonl", "w", buffering=1), time.perf_counter()
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        row = {"step": state.global_step, "seconds": time.perf_counter() - self.started, **logs}
-        self.file.write(json.dumps(row) + "\n")
 
 
 def main(args: Args) -> None:
@@ -95,7 +85,6 @@ def main(args: Args) -> None:
         train_dataset=datasets.Dataset.from_list(prompts),
         processing_class=tokenizer,
         reward_processing_classes=common.load_tokenizer(args.reward_path),
-        callbacks=[Metrics(args.output_dir)],
     )
     trainer.train()
     trainer.save_model()  # with the tokenizer
