@@ -99,6 +99,7 @@ TUNING = {  # all that was tried; the defaults are the best of it
         {"learning_rate": 3e-4},
         {"learning_rate": 1e-3},
         {"learning_rate": 1e-4, "num_epochs": 2},
+        *({"learning_rate": rate, "beta": beta} for rate in (1e-4, 3e-4) for beta in (0.3, 1.0)),
     ),
 }
 

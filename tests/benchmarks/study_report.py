@@ -98,7 +98,7 @@ def frontier(rows: list[dict], folder: Path, plt) -> None:
     axis.set(xlabel="KL to the SFT policy, nats per answer", ylabel="gold score (optimum 1)")
     axis.grid(alpha=0.3)
     axis.legend()
-    figure.savefig(folder / "frontier.svg", bbox_inches="tight")
+    figure.savefig(folder / "frontier.svg", bbox_inches="tight", metadata={"Date": None})
 
     curves = {method: {row["seed"]: [] for row in settings[0]} for method, settings in points.items()}
     for method, settings in points.items():  # in the order of their coefficients
@@ -148,7 +148,7 @@ def learning_curves(rows: list[dict], folder: Path, plt) -> None:
         axis.set(xlabel="update", ylabel=label)
         axis.grid(alpha=0.3)
     axes[0].legend()
-    figure.savefig(folder / "learning_curves.svg", bbox_inches="tight")
+    figure.savefig(folder / "learning_curves.svg", bbox_inches="tight", metadata={"Date": None})
 
 
 def critics(rows: list[dict], folder: Path, plt) -> None:
@@ -180,7 +180,7 @@ def critics(rows: list[dict], folder: Path, plt) -> None:
         lines,
     )
     axes[0].legend()
-    figure.savefig(folder / "critics.svg", bbox_inches="tight")
+    figure.savefig(folder / "critics.svg", bbox_inches="tight", metadata={"Date": None})
     drifting = [row["curve"]["critic/drift"] for row in groups.get("ppo", [])]
     if drifting:
         first, last = show([d[0] for d in drifting]), show([d[-1] for d in drifting])
@@ -262,6 +262,7 @@ def main(args: Args) -> None:
 
     rows = [json.loads(line) for line in Path(args.results).read_text().splitlines()]
     folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     for row in rows:  # the tuning seed's default runs belong to the tuning
         row["experiment"] = "tuning" if row["seed"] == TUNING_SEED else row["experiment"]
     print(f"{len(rows)} runs; interquartile means over seeds with 95 % bootstrap intervals")
