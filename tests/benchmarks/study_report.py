@@ -95,7 +95,9 @@ def frontier(rows: list[dict], folder: Path, plt) -> None:
         bars = torch.stack([gold[:, 0] - gold[:, 1], gold[:, 2] - gold[:, 0]]).clamp(min=0)
         axis.errorbar(kl, gold[:, 0], bars, marker="o", color=COLORS[method], label=NAMES[method], capsize=3, lw=1.5)
     table("method | coefficient | seeds | gold | worst seed | KL | tokens", lines)
-    axis.set(xlabel="KL to the SFT policy, nats per answer", ylabel="gold score (optimum 1)")
+    axis.set(
+        xlabel="KL to the SFT policy, nats per answer", ylabel="gold score (optimum 1)", xlim=(-0.2, 8), ylim=(0.45, 1)
+    )
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(folder / "frontier.svg", bbox_inches="tight", metadata={"Date": None})
@@ -126,16 +128,16 @@ def frontier(rows: list[dict], folder: Path, plt) -> None:
 
 
 def interpolate(curve: list[tuple[float, float]], kl: float) -> float | None:
-    """Gold at `kl` between two neighbouring runs of a seed; None beyond its range."""
+    """Gold at `kl` between two neighbouring runs of a seed; None beyond them or where they lie 2 nats or more apart."""
     for (k0, g0), (k1, g1) in zip(curve, curve[1:]):
-        if min(k0, k1) <= kl <= max(k0, k1):
+        if min(k0, k1) <= kl <= max(k0, k1) and abs(k1 - k0) < 2:
             return g0 + (g1 - g0) * (kl - k0) / (k1 - k0 or 1)
     return None
 
 
 # ---- Curves, critics, ablations --------------------------------------------------------------------------------------
 def learning_curves(rows: list[dict], folder: Path, plt) -> None:
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     for (method, _), members in group(rows, "base").items():
         if "curve" not in members[0]:
             continue
@@ -157,7 +159,7 @@ def critics(rows: list[dict], folder: Path, plt) -> None:
     print("\n## Is the critic right? Fresh answers, judged before any training on them, by tenth of the run")
     print("\nEach critic against its own target, errors in standard deviations of it; correlation with gold is shared.")
     lines = []
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     plots = (("error", "0.5", "error, half seen"), ("bias", "0.5", "bias, half seen"),
              ("gold_correlation", "1", "correlation with gold, before the last token"))  # fmt: skip
     for method, members in groups.items():
