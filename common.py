@@ -97,6 +97,15 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat(shards)
 
 
+def rows_of_rank(count: int) -> list[int]:
+    """Which of `count` rows this rank evaluates, equally many on each: `all_gather(...)[:count]` has them in order.
+
+    Sharded ranks must run equally many forward passes, so the last repeats some rows.
+    """
+    share = -(-count // dist.get_world_size())
+    return [i % count for i in range(dist.get_rank() * share, (dist.get_rank() + 1) * share)]
+
+
 def clock(device: torch.device) -> float:
     """Seconds on a running clock, once the device has finished what it was given."""
     if device.type == "cuda":
@@ -207,6 +216,11 @@ def last_values(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return values.gather(1, mask.sum(1, keepdim=True))[:, 0]
 
 
+def wins(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """1 where `x` is above `y`, 1/2 where they are equal, 0 where it is below; the mean is a win rate or accuracy."""
+    return (x > y).double() + 0.5 * (x == y).double()
+
+
 def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
     """Pearson's; 0 where either side is constant."""
     x, y = x - x.mean(), y - y.mean()
@@ -229,8 +243,7 @@ def value_report(statistics: dict[str, torch.Tensor], outcomes: torch.Tensor, pa
     """
 
     def accuracy(x):
-        difference = x[pairs[:, 0]] - x[pairs[:, 1]]
-        return ((difference > 0).double() + 0.5 * (difference == 0).double()).mean().item() if len(pairs) else None
+        return wins(x[pairs[:, 0]], x[pairs[:, 1]]).mean().item() if len(pairs) else None
 
     outcomes = outcomes.double()
     names = ["mean", "last", *(f"p{p}" for p in PERCENTILES)]
@@ -816,7 +829,7 @@ def load_value_model(path: str, tokenizer, dtype: torch.dtype, fresh_head: bool,
     families = auto_class._model_mapping
     if type(config) not in families:
         raise UserError(f"{path}: {config.model_type} has no such head as a value needs; use a Llama, Qwen2, Qwen3, "
-                        "Mistral, Gemma or other family that {auto_class.__name__} knows")  # fmt: skip
+                        f"Mistral, Gemma or other family that {auto_class.__name__} knows")  # fmt: skip
     widths = getattr(config, "num_labels", 1)
     check(
         fresh_head or widths == 1,
@@ -855,7 +868,7 @@ class Run:
 
     def __init__(self, args, script: str, track: str | None):
         self.folder, self.started, self.printed = Path(args.output_dir), time.time(), 0.0
-        self.track, self.tracker = track, None
+        self.tracker, self.close_tracker = None, lambda: None
         self.writes = dist.get_rank() == 0
         if not self.writes:
             return
@@ -872,11 +885,12 @@ class Run:
 
                 writer = SummaryWriter(self.folder / "tensorboard")
                 self.tracker = lambda metrics, step: [writer.add_scalar(k, v, step) for k, v in metrics.items()]
+                self.close_tracker = writer.close
             elif track == "wandb":
                 import wandb
 
                 wandb.init(project="dvpo", name=self.folder.name, config=asdict(args), dir=self.folder)
-                self.tracker = wandb.log
+                self.tracker, self.close_tracker = wandb.log, wandb.finish
         except ImportError as error:
             raise UserError(f"--track {track}: not installed; pip install -e '.[track]'") from error
 
@@ -916,8 +930,5 @@ class Run:
         for file in unfinished.iterdir():
             os.replace(file, self.folder / file.name)
         unfinished.rmdir()
-        if self.track == "wandb":  # or the next run of this process would go on in this one
-            import wandb
-
-            wandb.finish()
+        self.close_tracker()  # or a process's next run would go on in this one
         log(f"saved {self.folder} after {time.time() - self.started:.0f} s")

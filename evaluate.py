@@ -290,11 +290,9 @@ def heldout_statistics(
     gvm, answers: list[Answer], pad_id: int, micro_batch_size: int, device
 ) -> dict[str, torch.Tensor]:
     """`common.token_statistics` of held-out answers, each `(len(answers),)`; the work is shared among ranks."""
-    rank, world_size, pools = dist.get_rank(), dist.get_world_size(), policy_pools(answers)
-    share = -(-len(answers) // world_size)  # ranks must run equally many forward passes: the last repeats some rows
-    mine = [answers[i % len(answers)] for i in range(rank * share, (rank + 1) * share)]
+    pools, mine = policy_pools(answers), [answers[i] for i in common.rows_of_rank(len(answers))]
     parts = []
-    for i in range(0, share, micro_batch_size):
+    for i in range(0, len(mine), micro_batch_size):
         batch = make_batch(gvm.config, mine[i : i + micro_batch_size], pools, "heldout", pad_id, device)
         statistics = common.token_statistics(gvm.token_values(**batch), batch["response_mask"])
         parts.append(torch.stack(list(statistics.values()), 1))
@@ -319,10 +317,8 @@ def sample(policy, reference, gvm, prompts: list[list[int]], end_ids, pad_id: in
     `scores` is the GVM's value of the finished answer, conditioned on this policy's own other answers where the GVM was
     trained so; absent without a GVM. Ranks share the work.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
     uniforms = torch.rand(len(prompts), args.response_length, generator=torch.Generator().manual_seed(args.seed))
-    share = -(-len(prompts) // world_size)  # ranks must run equally many forward passes: the last repeats some rows
-    mine = torch.arange(rank * share, (rank + 1) * share) % len(prompts)
+    mine = torch.tensor(common.rows_of_rank(len(prompts)))
     parts = []
     for rows in mine.split(args.micro_batch_size):
         prompt_ids, prompt_mask = common.pad([prompts[i] for i in rows], pad_id, "left")
@@ -447,8 +443,7 @@ def main(args: Args) -> None:
         if verdicts:  # gold where there is one; a GVM is no impartial judge of a policy that was trained against it
             judge, verdict = list(verdicts.items())[-1]
             baseline = verdict if baseline is None else baseline
-            wins = (verdict > baseline).double() + 0.5 * (verdict == baseline).double()
-            row["win_rate"] = {**interval(wins), "judge": judge, "against": next(iter(paths))}
+            row["win_rate"] = {**interval(common.wins(verdict, baseline)), "judge": judge, "against": next(iter(paths))}
         for table_row, text in zip(samples[1:], texts[:: args.samples_per_prompt]):
             table_row.append(text)
         common.log(f"{name}: done")
@@ -477,8 +472,7 @@ def main(args: Args) -> None:
             gold = torch.tensor(gold, dtype=torch.float64)
             for fraction, row in report["by_fraction"].items():
                 row["gold_correlation"] = common.correlation(statistics[f"at_{fraction}"], gold)
-            differences = gold.view(-1, 2) @ torch.tensor([1.0, -1.0], dtype=torch.float64)
-            report["gold_pair_accuracy"] = (differences.sign() / 2 + 0.5).mean().item()
+            report["gold_pair_accuracy"] = common.wins(*gold.view(-1, 2).unbind(1)).mean().item()
 
     # ---- 6 Report ----------------------------------------------------------------------------------------------------
     if dist.get_rank() == 0:

@@ -207,11 +207,9 @@ def heldout_statistics(
     gvm, answers: list[Answer], pad_id: int, micro_batch_size: int, device
 ) -> dict[str, torch.Tensor]:
     """`common.token_statistics` of held-out answers, each `(len(answers),)`; the work is shared among ranks."""
-    rank, world_size, pools = dist.get_rank(), dist.get_world_size(), policy_pools(answers)
-    share = -(-len(answers) // world_size)  # ranks must run equally many forward passes: the last repeats some rows
-    mine = [answers[i % len(answers)] for i in range(rank * share, (rank + 1) * share)]
+    pools, mine = policy_pools(answers), [answers[i] for i in common.rows_of_rank(len(answers))]
     parts = []
-    for i in range(0, share, micro_batch_size):
+    for i in range(0, len(mine), micro_batch_size):
         batch = make_batch(gvm.config, mine[i : i + micro_batch_size], pools, "heldout", pad_id, device)
         statistics = common.token_statistics(gvm.token_values(**batch), batch["response_mask"])
         parts.append(torch.stack(list(statistics.values()), 1))

@@ -42,7 +42,7 @@ class Args:
     model_path: str = "runs/sft"
     """policy and KL reference: local folder or hub id"""
     reward_path: str | None = None
-    """sequence-classification reward model: local folder or hub id; None trains one first, into `reward_output_dir`"""
+    """sequence-classification reward model: local folder or hub id; None trains one first: --reward-output-dir"""
     dataset: str = "toy"
     """prompts, and pairs for the RM: "toy", a hub name or a local file or folder, each as NAME or NAME:SPLIT"""
     output_dir: str = "runs/ppo"
@@ -353,16 +353,14 @@ def tokenize_pairs(tokenizer, examples, max_prompt_length: int, response_length:
 @torch.no_grad()
 def pair_accuracy(rm, answers: list[common.Trajectory], pad_id: int, micro_batch_size: int, device) -> float:
     """Share of held-out pairs that the RM ranks rightly; ties count half. Ranks share the work."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    share = -(-len(answers) // world_size)  # ranks must run equally many forward passes: the last repeats some rows
-    mine = [answers[i % len(answers)] for i in range(rank * share, (rank + 1) * share)]
+    mine = [answers[i] for i in common.rows_of_rank(len(answers))]
     scores = []
-    for i in range(0, share, micro_batch_size):
+    for i in range(0, len(mine), micro_batch_size):
         prompts, responses = zip(*mine[i : i + micro_batch_size])
         batch = common.pad_batch(prompts, responses, pad_id, device)
         scores.append(common.last_values(rm.token_values(**batch), batch["response_mask"]))
     chosen, rejected = common.all_gather(torch.cat(scores))[: len(answers)].view(-1, 2).unbind(1)
-    return ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).mean().item()
+    return common.wins(chosen, rejected).mean().item()
 
 
 def train_reward_model(args: Args, tokenizer, mesh, dtype: torch.dtype, device) -> None:
@@ -413,8 +411,6 @@ def train_reward_model(args: Args, tokenizer, mesh, dtype: torch.dtype, device) 
                 rm, heldout_set, tokenizer.pad_token_id, args.micro_batch_size, device
             )
         run.log(update, num_updates, metrics, ("rm/loss", "rm/pair_accuracy", "optim/lr"))
-    if heldout_set:
-        common.log(f"reward model: held-out pair accuracy {metrics['rm/pair_accuracy']:.3f}")
     run.save(rm, full_state_dict(rm, dtype), tokenizer, "Reward model (Bradley-Terry)")
     dist.barrier()  # the folder is whole before any rank reads it
 

@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # a core per run; read when torch is imported
@@ -132,7 +132,6 @@ class Cell:
     policy: str | None
     gvm: str | None = None
     coef: float | None = None
-    extra: dict = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -273,7 +272,6 @@ class Recorder:
 def run_cell(cell: Cell, folder: str) -> dict:
     """Train, evaluate, and return the row of results."""
     import importlib
-    import random
 
     import torch
 
@@ -288,8 +286,6 @@ def run_cell(cell: Cell, folder: str) -> dict:
             continue  # another run of this seed has made it
         if "reward_path" in flags and Path("rm/model.safetensors").exists():
             flags["reward_path"] = "rm"
-        random.seed(cell.seed)
-        torch.manual_seed(cell.seed)
         module = importlib.import_module(script)
         start = time.perf_counter()
         recorded = script in ("train_dvpo", "train_ppo_baseline")

@@ -4,7 +4,7 @@
 
 A point is the interquartile mean over seeds with its 95 % bootstrap interval over seeds, as arXiv:2108.13264 asks; with
 so few seeds such an interval is too short (at 5 seeds it covers the truth nine times in ten). Differences between
-methods are taken seed by seed, with a t-interval. Runs that are missing are left out and counted.
+methods are taken seed by seed, with a t-interval. Runs that are missing are left out: see the number of seeds.
 """
 
 import json
@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 import tyro
+from study import TUNING_SEED
 
 FOLDER = Path(__file__).parent / "results"
-TUNING_SEED = 100
 T_QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 COLORS = {"dvpo": "#c0392b", "ppo": "#2471a3", "grpo": "#229954", "dpo": "#7d3c98", "sft": "#555555"}
 NAMES = {"dvpo": "DVPO", "ppo": "PPO", "grpo": "GRPO (TRL)", "dpo": "DPO (TRL)", "sft": "SFT"}
@@ -51,6 +51,13 @@ def show(values: list[float]) -> str:
         return f"{values[0]:.3f} (1 seed)"
     middle, low, high = interval(values)
     return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def paired(ours: list[float], theirs: list[float]) -> str:
+    """Both means, and the mean difference with half of its 95 % t-interval, seed by seed."""
+    x, y = torch.tensor(ours, dtype=torch.float64), torch.tensor(theirs, dtype=torch.float64)
+    half = T_QUANTILE[len(x)] * (x - y).std().item() / len(x) ** 0.5
+    return f"{x.mean():.3f} - {y.mean():.3f} = {(x - y).mean():+.3f} ± {half:.3f}, {len(x)} seeds"
 
 
 def group(rows: list[dict], *experiments: str) -> dict[tuple[str, str], list[dict]]:
@@ -102,27 +109,21 @@ def frontier(rows: list[dict], folder: Path, plt) -> None:
     axis.legend()
     figure.savefig(folder / "frontier.svg", bbox_inches="tight", metadata={"Date": None})
 
-    curves = {method: {row["seed"]: [] for row in settings[0]} for method, settings in points.items()}
-    for method, settings in points.items():  # in the order of their coefficients
+    curves = {method: defaultdict(list) for method in NAMES}  # per seed, in the order of the coefficients
+    for method, settings in points.items():
         for row in (row for members in settings for row in members):
-            curves[method].setdefault(row["seed"], []).append((row["policy"]["kl"], row["policy"]["gold"]["mean"]))
+            curves[method][row["seed"]].append((row["policy"]["kl"], row["policy"]["gold"]["mean"]))
     print("\n## Gold at equal KL, DVPO less the other, seed by seed (linear between neighbouring coefficients)")
     lines = []
     for kl in (0.75, 1.0, 1.5, 2.0, 2.5, 3.0):
         cells = [f"{kl:g}"]
         for other in ("ppo", "grpo", "dpo"):
-            seeds = [
-                s for s in curves.get(other, {}) if len(curves[other][s]) > 1 and len(curves["dvpo"].get(s, [])) > 1
-            ]
+            seeds = [s for s in curves[other] if min(len(curves[other][s]), len(curves["dvpo"][s])) > 1]
             pairs = [(interpolate(curves["dvpo"][s], kl), interpolate(curves[other][s], kl)) for s in seeds]
             if len(pairs) < 2 or None in (gold for pair in pairs for gold in pair):
                 cells.append("-")  # not all seeds have runs on both sides
                 continue
-            ours, theirs = (torch.tensor(golds, dtype=torch.float64) for golds in zip(*pairs))
-            difference = ours - theirs
-            half = T_QUANTILE[len(pairs)] * difference.std().item() / len(pairs) ** 0.5
-            cells.append(f"{ours.mean():.3f} - {theirs.mean():.3f} = {difference.mean():+.3f} ± {half:.3f}, "
-                         f"{len(pairs)} seeds")  # fmt: skip
+            cells.append(paired(*zip(*pairs)))
         lines.append(cells)
     table("KL | PPO | GRPO (TRL) | DPO (TRL)", lines)
 
@@ -192,7 +193,7 @@ def critics(rows: list[dict], folder: Path, plt) -> None:
 
 def value_models(rows: list[dict]) -> None:
     groups = group(rows, "base", "gvm")
-    print("\n## Value models: one thing changed, and the policy that DVPO makes with it")
+    print("\n## Value models, and the policy that DVPO makes with each")
     default = groups.get(("dvpo", "default"), [])
     seeds = {row["seed"]: row for row in default}
     lines = []
@@ -211,6 +212,16 @@ def value_models(rows: list[dict]) -> None:
     table(
         "GVM | seeds | pair accuracy | … half seen | correlation with gold: prompt | half | all | DVPO gold | KL", lines
     )
+    reference = {row["seed"]: row for row in groups.get(("gvm", "default"), [])}
+    lines = []
+    for (_, setting), members in groups.items():
+        members = [row for row in members if "gvm" in row and row["seed"] in reference]
+        if setting != "default" and len(members) > 1:
+            last = lambda row: row["gvm"]["pair_accuracy"]["last"]
+            gold = lambda row: row["policy"]["gold"]["mean"]
+            lines.append([setting, paired([last(reference[row["seed"]]) for row in members], list(map(last, members))),
+                          paired([gold(seeds[row["seed"]]) for row in members], list(map(gold, members)))])  # fmt: skip
+    table("the default less | pair accuracy | gold (at different KL)", lines)
     if rm:
         print(f"\nReward model (Bradley-Terry), pair accuracy: {show(rm)}, {len(rm)} seeds")
     print("\n## Value models by fraction of the answer seen")
