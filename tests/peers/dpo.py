@@ -34,9 +34,9 @@ class Args:
     """passes over the pairs"""
     batch_size: int = 32
     """pairs per update"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     """AdamW's peak, decayed linearly to zero after a tenth of warm-up"""
-    beta: float = 0.1
+    beta: float = 1.0
     """how strongly the policy is held to the reference"""
     max_length: int = 512
     """tokens of prompt and answer; longer ones are cut"""
