@@ -6,7 +6,10 @@ model's output is `values (B, R + 1)`: column 0 is V(s_1), column t is Q(s_t, a_
 """
 
 import contextlib
+import errno
+import fcntl
 import gzip
+import hashlib
 import json
 import math
 import os
@@ -15,17 +18,26 @@ import re
 import resource
 import shlex
 import shutil
+import signal
 import sys
+import threading
 import time
+import traceback
+from array import array
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Annotated
 
 import jinja2
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import transformers
+import tyro
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedTokenizerFast
 
 
@@ -40,15 +52,67 @@ def check(condition, message: str) -> None:
         raise UserError(message)
 
 
+class RunError(Exception):
+    """What stops a run that was set up rightly: numbers that are not finite, a full disk, a lost process."""
+
+
+def parse(args_class):
+    """The command line as an `args_class`; of a machine's processes only the first prints help or errors."""
+    return tyro.cli(args_class, console_outputs=os.environ.get("LOCAL_RANK", "0") == "0")
+
+
 @contextlib.contextmanager
 def one_line_errors():
-    """Turn a `UserError` into one line `error: ...` on stderr, by one rank per machine, and exit code 2."""
+    """Turn what is foreseen into one line `error: ...` on stderr; anything else keeps its traceback.
+
+    Exit code 2 for a `UserError`, 1 otherwise. Of several processes only the first to fail speaks: the others fail
+    because of it.
+    """
     try:
         yield
-    except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
-        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        message = explain(error)
+        if first_to_fail():
+            print(f"error: {' '.join(message.split())}" if message else traceback.format_exc(), file=sys.stderr)
+        sys.stdout.flush()
+        sys.exit(2 if isinstance(error, UserError) else 1)
+
+
+def explain(error: Exception) -> str | None:
+    """One line on an error that is foreseen, with the way out; None for a bug."""
+    text = str(error)
+    if isinstance(error, (UserError, RunError)):
+        return text
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in text:
+        running = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+        if running & {"load_policy", "load_value_model", "shard"}:
+            return "out of memory while loading the models: use more processes (each holds a share) or a smaller model"
+        if "generate" in running:
+            return "out of memory while sampling: lower --rollout-micro-batch-size (evaluate.py: --micro-batch-size), "\
+                   "--max-prompt-length or --response-length"  # fmt: skip
+        return "out of memory while computing a batch: lower --micro-batch-size, --max-prompt-length or "\
+               "--response-length, or add --gradient-checkpointing or processes"  # fmt: skip
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{error.filename or 'an output file'} cannot be written ({error.strerror}): make room, then --resume"
+    if isinstance(error, dist.DistError) or "gloo" in text:
+        return f"lost another process, killed perhaps or out of memory ({text.splitlines()[0]})"
+    return None
+
+
+_store = None  # what the processes share beside the collectives, once they have met
+
+
+def first_to_fail() -> bool:
+    """Is this the first process of the run to ask? True where that cannot be known."""
+    try:
+        return _store is None or _store.add("failed", 1) == 1
+    except Exception:  # the store, too, may be gone
+        return True
+
+
+TIMEOUT = timedelta(minutes=10)  # for which a process waits for another that says nothing
 
 
 def init_processes() -> torch.device:
@@ -62,10 +126,18 @@ def init_processes() -> torch.device:
         check(device.index < count, f"--nproc_per_node: process {device.index + 1}, but only {count} GPUs")
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:  # torchrun
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    global _store
+    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:  # torchrun, or a scheduler that does as it does
+        missing = ", ".join(name for name in names if name not in os.environ)
+        check(not missing, f"environment: of {', '.join(names)} only some are set, {missing} not: start with torchrun")
+        numbers = [os.environ[name] for name in names if name != "MASTER_ADDR"]
+        check(all(x.isdigit() for x in numbers) and int(numbers[0]) < int(numbers[1]),
+              "environment: RANK, WORLD_SIZE and MASTER_PORT must be numbers, RANK below WORLD_SIZE")  # fmt: skip
+        _store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        _store, rank, world_size = dist.HashStore(), 0, 1
+    dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     return device
 
 
@@ -104,6 +176,23 @@ def rows_of_rank(count: int) -> list[int]:
     """
     share = -(-count // dist.get_world_size())
     return [i % count for i in range(dist.get_rank() * share, (dist.get_rank() + 1) * share)]
+
+
+def check_finite(update: int, what: str, totals: torch.Tensor, rows: list[int], per_row: torch.Tensor) -> None:
+    """Stop all ranks alike, before an optimizer step, when something in `totals` is not finite.
+
+    `totals` (any shape) must be the same on all ranks. `rows (N,)` are this rank's rows of the batch, `per_row (N,)` a
+    number of each that shows whether the trouble began there. Raises `RunError` naming update, ranks and rows.
+    """
+    if totals.isfinite().all():
+        return
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, [row for row, ok in zip(rows, per_row.isfinite().tolist()) if not ok])
+    where = "; ".join(f"rank {rank}, rows {', '.join(map(str, bad))}" for rank, bad in enumerate(found) if bad)
+    raise RunError(
+        f"update {update}: {what} not finite ({where or 'from the backward pass on, all rows'}); no step was made "
+        "of it. Is the learning rate too high, or a model damaged? The last checkpoint is good"
+    )
 
 
 def clock(device: torch.device) -> float:
@@ -688,9 +777,9 @@ def show_example(tokenizer, prompt_ids: list[int], response_ids: list[int]) -> N
     log(f"  answer: {tokenizer.decode(response_ids)!r}")
 
 
-def pad(sequences: list[list[int]], value: int, side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sequences` padded on `side` to the longest: ids and True where there is a token, each `(B, longest)`."""
-    width = max(map(len, sequences))
+def pad(sequences: list[list[int]], value: int, side: str, width: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """`sequences` padded on `side` to the longest, or wider, to `width`: ids and True where there is a token."""
+    width = max(width, *map(len, sequences))
     ids = torch.full((len(sequences), width), value)
     mask = torch.zeros(len(sequences), width, dtype=torch.bool)
     for i, sequence in enumerate(sequences):
@@ -700,10 +789,13 @@ def pad(sequences: list[list[int]], value: int, side: str) -> tuple[torch.Tensor
     return ids, mask
 
 
-def pad_batch(prompts: list[list[int]], responses: list[list[int]], pad_id: int, device) -> dict[str, torch.Tensor]:
-    """Prompts padded left and responses right: `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`."""
-    prompt_ids, prompt_mask = pad(prompts, pad_id, "left")
-    response_ids, response_mask = pad(responses, pad_id, "right")
+def pad_batch(prompts, responses, pad_id: int, device, widths: tuple[int, int] = (0, 0)) -> dict[str, torch.Tensor]:
+    """Prompts padded left and responses right: `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`.
+
+    `prompts` and `responses` are lists of token ids; P and R are those of the longest, or of `widths` where wider.
+    """
+    prompt_ids, prompt_mask = pad(prompts, pad_id, "left", widths[0])
+    response_ids, response_mask = pad(responses, pad_id, "right", widths[1])
     batch = {
         "input_ids": torch.cat([prompt_ids, response_ids], 1),
         "attention_mask": torch.cat([prompt_mask, response_mask], 1),
@@ -862,73 +954,318 @@ def check_same_tokenizer(policy_path: str, policy_tokenizer, value_path: str, va
     check(same, f"{pair} chat templates: train both from the same model")
 
 
-# ---- Output folders --------------------------------------------------------------------------------------------------
-class Run:
-    """A run's folder, written by rank 0: args.json, a copy of the script, metrics.jsonl and, at the end, the model."""
+# ---- Output folders and checkpoints ----------------------------------------------------------------------------------
+# `--resume` alone is (), the newest checkpoint; `--resume PATH` is (PATH,).
+Resume = Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[PATH]")]
+# What may differ when a run is resumed: it does not change what is computed.
+FREE_SETTINGS = {"output_dir", "reward_output_dir", "resume", "overwrite", "checkpoint_every", "track", "sample_every",
+                 "micro_batch_size", "rollout_micro_batch_size", "gradient_checkpointing", "dp_replicate",
+                 "max_kl"}  # fmt: skip
 
-    def __init__(self, args, script: str, track: str | None):
-        self.folder, self.started, self.printed = Path(args.output_dir), time.time(), 0.0
+
+class Run:
+    """One run: its folder, its metrics, and the checkpoints from which it goes on after an interruption.
+
+    Rank 0 writes `args.json`, a copy of the script, `metrics.jsonl` and, at the end, the model; `config.json` comes
+    last and tells a finished run. `checkpoints/step_N` holds sharded weights and optimizers
+    (torch.distributed.checkpoint), `state.json` and `manifest.json`, the SHA-256 of every file; it is written aside and
+    renamed when whole. There is no random generator's state in it: every draw is a function of seed and update. Several
+    machines must share the folder.
+    """
+
+    def __init__(self, args, script: str):
+        """Look, but write nothing: is the folder free, finished (`self.finished`), or to be resumed, and from what?
+
+        Raises `UserError` for a folder that holds a run nobody said to resume or overwrite, for a run with other
+        settings, and where no checkpoint is whole.
+        """
+        self.args, self.script, self.folder = args, Path(script), Path(args.output_dir)
+        self.started, self.printed, self.signal = time.time(), 0.0, 0
         self.tracker, self.close_tracker = None, lambda: None
         self.writes = dist.get_rank() == 0
-        if not self.writes:
-            return
+        self.source = None  # the checkpoint to go on from
+        check_positive(args, "checkpoint_every")
+        check(args.resume is None or not args.overwrite, "--resume goes on, --overwrite starts again: choose one")
+        check(args.resume is None or len(args.resume) < 2, "--resume takes one checkpoint at most")
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
+        self.finished = (self.folder / "config.json").exists() and not args.overwrite
+        begun = (self.folder / "metrics.jsonl").exists()
+        if args.resume is None and not restarted:
+            check(not self.finished, f"{self.folder} holds a finished run or a model: choose another --output-dir, or "
+                  "--overwrite it (PPO can use a reward model that stands there: --reward-path)")  # fmt: skip
+            check(args.overwrite or not begun, f"{self.folder} holds an unfinished run: --resume or --overwrite it")
+        elif self.finished:
+            self.compare_settings(json.loads(read_text(self.folder / "args.json")))
+            log(f"{self.folder} is finished already")
+        else:
+            self.source = self.find_checkpoint()
+            if self.source is not None:
+                self.compare_settings(json.loads(read_text(self.source / "state.json"))["args"])
+
+    def compare_settings(self, before: dict) -> None:
+        """Raise `UserError` with the differences unless the run before had the same settings."""
+        now = json.loads(json.dumps(asdict(self.args)))
+        changed = [f"--{name.replace('_', '-')} was {before.get(name)}, now {now.get(name)}"
+                   for name in sorted(now.keys() | before.keys())
+                   if name not in FREE_SETTINGS and before.get(name) != now.get(name)]  # fmt: skip
+        check(not changed, f"{self.folder}: cannot go on with other settings: {'; '.join(changed)}")
+
+    def find_checkpoint(self) -> Path | None:
+        """The checkpoint to go on from: the one asked for, or the newest whole one; None where there is none yet."""
+        if self.args.resume:
+            asked = Path(self.args.resume[0])
+            problem = self.damage(asked)
+            check(problem is None, f"--resume {asked}: {problem}")
+            return asked
+        found = sorted((self.folder / "checkpoints").glob("step_*"), reverse=True)
+        for checkpoint in found:
+            problem = self.damage(checkpoint)
+            if problem is None:
+                return checkpoint
+            log(f"{checkpoint}: {problem}; trying the one before")
+        check(not found, f"{self.folder}: none of its checkpoints can be used; --overwrite starts again")
+        log(f"{self.folder}: no checkpoint yet, starting from the beginning")
+        return None
+
+    def damage(self, checkpoint: Path) -> str | None:
+        """What is wrong with a checkpoint, None if nothing, the same on all ranks, which share the reading."""
+        problem = None
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-            shutil.copy(script, self.folder / Path(script).name)
-            self.metrics = open(self.folder / "metrics.jsonl", "w", buffering=1)
+            manifest = json.loads((checkpoint / "manifest.json").read_text())
+            for name in sorted(manifest)[dist.get_rank() :: dist.get_world_size()]:
+                if sha256(checkpoint / name) != manifest[name]:
+                    problem = f"{name} is not what was written"
+            state = json.loads((checkpoint / "state.json").read_text())
+            if state["script"] != self.script.name:
+                problem = f"made by {state['script']}, not by {self.script.name}"
         except OSError as error:
-            raise UserError(f"--output-dir {self.folder}: cannot be written ({error.strerror})") from error
+            problem = f"{Path(error.filename).name} cannot be read ({error.strerror})"
+        except (ValueError, KeyError, TypeError, AttributeError):
+            problem = "its manifest is damaged"
+        problems = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+        return next((problem for problem in problems if problem), None)
+
+    def start(self, trained: list[tuple], num_updates: int, data: str, *progress):
+        """Take the folder, and restore the checkpoint if the run goes on from one.
+
+        `trained`: a (model, optimizer, scheduler) each; `data`: their `fingerprint`; `progress`: what else the loop
+        carries from update to update, the number of updates done first. Returns `progress`, as given or as restored.
+        """
+        self.trained, self.num_updates, self.data = trained, num_updates, data
+        dist.barrier()  # every rank has looked at the folder before one writes there
+        if self.source is not None:
+            progress = self.restore()
+        if self.writes:
+            try:
+                self.take_folder(progress[0])
+            except OSError as error:
+                raise UserError(f"--output-dir {self.folder}: cannot be written ({error.strerror})") from error
+            self.start_tracker(progress[0])
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = [(number, signal.signal(number, self.stop)) for number in (signal.SIGTERM, signal.SIGINT)]
+        return progress
+
+    def take_folder(self, done: int) -> None:
+        """Lock the folder, and leave in it what belongs to the first `done` updates; on rank 0."""
+        checkpoints = self.folder / "checkpoints"
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.folder / ".lock", "w")  # the system frees it when the process ends, however it ends
         try:
-            if track == "tensorboard":
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{self.folder} is in use by another run: choose another --output-dir") from error
+        for path in (*self.folder.glob("model*.safetensors*"), self.folder / "config.json"):
+            path.unlink(missing_ok=True)
+        for path in (*checkpoints.glob("step_*"), checkpoints / ".unfinished"):  # also those of an abandoned future
+            if done == 0 or path.name > f"step_{done:06d}" or path.name == ".unfinished":
+                shutil.rmtree(path, ignore_errors=True)
+        (self.folder / "args.json").write_text(json.dumps(asdict(self.args), indent=2) + "\n")
+        shutil.copy(self.script, self.folder / self.script.name)
+        metrics = self.folder / "metrics.jsonl"
+        lines = metrics.read_text().splitlines(keepends=True)[:done] if done and metrics.exists() else []
+        write_synced(metrics.with_suffix(".tmp"), "".join(lines))
+        os.replace(metrics.with_suffix(".tmp"), metrics)
+        self.metrics = open(metrics, "a", buffering=1)
+
+    def start_tracker(self, done: int) -> None:
+        try:
+            if self.args.track == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
 
-                writer = SummaryWriter(self.folder / "tensorboard")
+                writer = SummaryWriter(self.folder / "tensorboard", purge_step=done + 1)
                 self.tracker = lambda metrics, step: [writer.add_scalar(k, v, step) for k, v in metrics.items()]
                 self.close_tracker = writer.close
-            elif track == "wandb":
+            elif self.args.track == "wandb":
                 import wandb
 
-                wandb.init(project="dvpo", name=self.folder.name, config=asdict(args), dir=self.folder)
+                wandb.init(project="dvpo", name=self.folder.name, config=asdict(self.args), dir=self.folder)
                 self.tracker, self.close_tracker = wandb.log, wandb.finish
         except ImportError as error:
-            raise UserError(f"--track {track}: not installed; pip install -e '.[track]'") from error
+            raise UserError(f"--track {self.args.track}: not installed; pip install -e '.[track]'") from error
 
-    def log(self, step: int, total: int, metrics: dict, show: tuple[str, ...]) -> None:
+    def stop(self, number: int, _) -> None:
+        """On a signal: finish the update, then save and leave. A second one kills at once."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def write(self, name: str, report: dict) -> None:
+        """`report` as the JSON file `name` in the folder."""
+        if self.writes:
+            (self.folder / name).write_text(json.dumps(report, indent=2) + "\n")
+
+    def log(self, update: int, metrics: dict, show: tuple[str, ...]) -> None:
         """Append one update's metrics to metrics.jsonl, and print those named in `show`, at most every five seconds."""
         if not self.writes:
             return
-        self.metrics.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.metrics.write(json.dumps({"step": update, **metrics}) + "\n")
         if self.tracker:
-            self.tracker(metrics, step)
-        if time.time() - self.printed > 5 or step == total:
+            self.tracker(metrics, update)
+        if time.time() - self.printed > 5 or update == self.num_updates:
             self.printed = time.time()
             shown = "  ".join(f"{name} {metrics[name]:.3g}" for name in show if name in metrics)
-            print(f"{step:>5}/{total}  {self.printed - self.started:4.0f} s  {shown}", flush=True)
+            print(f"{update:>5}/{self.num_updates}  {self.printed - self.started:4.0f} s  {shown}", flush=True)
+
+    def checkpoint(self, update: int, *progress) -> None:
+        """At the end of an update: save every `--checkpoint-every`, after the last, and when told to stop; then stop.
+
+        `progress` as in `start`, without the update. Leaves with 128 + the signal's number, on all ranks.
+        """
+        number = torch.tensor(self.signal)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(number, dist.ReduceOp.MAX)  # the signal may have reached one rank alone
+        stopped = number.item() if update < self.num_updates else 0
+        if stopped or update % self.args.checkpoint_every == 0 or update == self.num_updates:
+            self.save_checkpoint(update, progress)
+        if stopped:
+            log(f"stopped by {signal.Signals(stopped).name} after update {update}: --resume goes on")
+            self.end()
+            end_processes()
+            sys.exit(128 + stopped)
+
+    def save_checkpoint(self, update: int, progress: tuple) -> None:
+        """Write `checkpoints/step_N`, whole or not at all, and drop all but the newest two."""
+        target = self.folder / "checkpoints" / f"step_{update:06d}"
+        unfinished, rank = target.with_name(".unfinished"), dist.get_rank()
+        try:
+            if self.writes:
+                os.fsync(self.metrics.fileno())
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir()
+                state = {"script": self.script.name, "args": asdict(self.args), "progress": [update, *progress],
+                         "data": self.data, "versions": versions(), "ranks": dist.get_world_size(),
+                         "schedulers": [scheduler.state_dict() for _, _, scheduler in self.trained]}  # fmt: skip
+                write_synced(unfinished / "state.json", json.dumps(state))
+            dist.barrier()
+            dcp.save(self.tensors(), checkpoint_id=unfinished)
+            written = list(unfinished.glob(f"__{rank}_*")) + [unfinished / n for n in (".metadata", "state.json")
+                                                              if self.writes]  # fmt: skip
+            manifests = [None] * dist.get_world_size()
+            dist.all_gather_object(manifests, {path.name: sha256(path) for path in written})
+            if self.writes:
+                manifest = {name: digest for part in manifests for name, digest in part.items()}
+                write_synced(unfinished / "manifest.json", json.dumps(manifest, indent=2))
+                shutil.rmtree(target, ignore_errors=True)
+                os.rename(unfinished, target)
+                for old in sorted(target.parent.glob("step_*"))[:-2]:
+                    shutil.rmtree(old)
+        except (OSError, dcp.CheckpointException) as error:
+            if self.writes:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            failures = getattr(error, "failures", {0: (error, None)})
+            reason = str(next(iter(failures.values()))[0]).splitlines()[-1]
+            raise RunError(f"{target}: cannot be written ({reason}); the one before is whole. Make room, then "
+                           "--resume") from error  # fmt: skip
+
+    def tensors(self) -> dict:
+        """Weights and optimizer states of what is trained, as shards."""
+        parts = [get_state_dict(model, optimizer) for model, optimizer, _ in self.trained]
+        return {str(i): {"model": model, "optimizer": optimizer} for i, (model, optimizer) in enumerate(parts)}
+
+    def restore(self) -> list:
+        """Load `self.source` into what is trained; returns the progress saved with it."""
+        state = json.loads((self.source / "state.json").read_text())
+        check(
+            state["data"] == self.data,
+            f"{self.source}: {self.args.dataset} has changed since; --overwrite starts again",
+        )
+        if state["versions"] != versions():
+            log(f"warning: {self.source} was made with {state['versions']}, now {versions()}: results may differ")
+        tensors = self.tensors()
+        dcp.load(tensors, checkpoint_id=self.source)
+        for i, (model, optimizer, scheduler) in enumerate(self.trained):
+            set_state_dict(model, optimizer, model_state_dict=tensors[str(i)]["model"],
+                           optim_state_dict=tensors[str(i)]["optimizer"])  # fmt: skip
+            scheduler.load_state_dict(state["schedulers"][i])
+        log(f"going on from {self.source}")
+        return state["progress"]
 
     def save(self, model, state_dict: dict, tokenizer, title: str) -> None:
-        """Write model (safetensors), config, tokenizer, chat template and model card; complete or not at all."""
-        if not self.writes:
-            return
-        unfinished = self.folder / ".unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if model.config.tie_word_embeddings:
-            state_dict.pop("lm_head.weight", None)  # it is the embedding, stored once
-        dtype = str(next(iter(state_dict.values())).dtype).removeprefix("torch.")
-        model.save_pretrained(unfinished, state_dict=state_dict)  # empties the dict
-        # transformers writes the dtype of the fp32 model that was trained, not that of what is saved.
-        config = json.loads((unfinished / "config.json").read_text())
-        config["dtype"] = dtype
-        (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        tokenizer.save_pretrained(unfinished)
-        command = f"torchrun --nproc_per_node {dist.get_world_size()} " if dist.get_world_size() > 1 else "python "
-        (unfinished / "README.md").write_text(
-            f"# {title}\n\nMade by\n\n```\n{command}{shlex.join(sys.argv)}\n```\n\n"
-            "in an implementation of arXiv:2502.16944 and its baseline. Settings: `args.json`; every update: "
-            "`metrics.jsonl`.\n"
-        )
-        for file in unfinished.iterdir():
-            os.replace(file, self.folder / file.name)
-        unfinished.rmdir()
-        self.close_tracker()  # or a process's next run would go on in this one
-        log(f"saved {self.folder} after {time.time() - self.started:.0f} s")
+        """Write model (safetensors), config, tokenizer, chat template and model card, and end the run."""
+        if self.writes:
+            unfinished = self.folder / ".unfinished"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            if model.config.tie_word_embeddings:
+                state_dict.pop("lm_head.weight", None)  # it is the embedding, stored once
+            dtype = str(next(iter(state_dict.values())).dtype).removeprefix("torch.")
+            model.save_pretrained(unfinished, state_dict=state_dict)  # empties the dict
+            # transformers writes the dtype of the fp32 model that was trained, not that of what is saved.
+            config = json.loads((unfinished / "config.json").read_text())
+            config["dtype"] = dtype
+            (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            tokenizer.save_pretrained(unfinished)
+            command = f"torchrun --nproc_per_node {dist.get_world_size()} " if dist.get_world_size() > 1 else "python "
+            (unfinished / "README.md").write_text(
+                f"# {title}\n\nMade by\n\n```\n{command}{shlex.join(sys.argv)}\n```\n\n"
+                "in an implementation of arXiv:2502.16944 and its baseline, with "
+                f"{', '.join(f'{name} {version}' for name, version in versions().items())}. Settings: `args.json`; "
+                "every update: `metrics.jsonl`.\n"
+            )
+            for file in sorted(unfinished.iterdir(), key=lambda file: file.name == "config.json"):  # last: finished
+                os.replace(file, self.folder / file.name)
+            unfinished.rmdir()
+            log(f"saved {self.folder} after {time.time() - self.started:.0f} s")
+        self.end()
+
+    def end(self) -> None:
+        """Give back what the run has taken, so that another can follow in this process."""
+        for number, handler in getattr(self, "handlers", ()):
+            signal.signal(number, handler)
+        if self.writes:
+            self.close_tracker()
+            self.metrics.close()
+            self.lock.close()
+
+
+def fingerprint(sequences: Iterable[list[int]]) -> str:
+    """Tells whether a run goes on with the data it began with."""
+    digest = hashlib.sha256()
+    for ids in sequences:
+        digest.update(array("q", [len(ids), *ids]).tobytes())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of what decides a run's last bits."""
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_text(file: Path) -> str:
+    """A file's text; `UserError` where it cannot be read."""
+    try:
+        return file.read_text()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def write_synced(file: Path, text: str) -> None:
+    """Write `text` so that it outlives a crash of the machine."""
+    with open(file, "w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())

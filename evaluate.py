@@ -261,7 +261,7 @@ def tokenize(
 
 
 # Copied from train_gvm.make_batch
-def make_batch(config, answers: list[Answer], pools: dict, key: str, pad_id: int, device) -> dict[str, torch.Tensor]:
+def make_batch(config, answers: list[Answer], pools: dict, key: str, pad_id: int, device, widths=(0, 0)) -> dict:
     """`input_ids attention_mask response_mask` of answers, each behind its prompt and, in front of that, as many
     trajectories of its policy as the GVM's `config` says, drawn anew for every `key`."""
     prompts = [answer.prompt_ids for answer in answers]
@@ -272,7 +272,7 @@ def make_batch(config, answers: list[Answer], pools: dict, key: str, pad_id: int
                 rng, pools[answer.policy], answer.prompt_ids, config.num_context_trajectories
             )
             prompts[i] = common.condition(answer.prompt_ids, drawn, config.context_trajectory_length)
-    return common.pad_batch(prompts, [answer.response_ids for answer in answers], pad_id, device)
+    return common.pad_batch(prompts, [answer.response_ids for answer in answers], pad_id, device, widths)
 
 
 # Copied from train_gvm.policy_pools
@@ -495,4 +495,4 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     with common.one_line_errors():
-        main(tyro.cli(Args))
+        main(common.parse(Args))

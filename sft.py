@@ -16,7 +16,6 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-import tyro
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -66,6 +65,12 @@ class Args:
     """replicas of the sharded model (hybrid sharding: one per machine)"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
+    checkpoint_every: int = 200
+    """updates between checkpoints in `output_dir`, the newest two of which are kept"""
+    resume: common.Resume = None
+    """go on with an interrupted run, from its newest whole checkpoint or the one at PATH"""
+    overwrite: bool = False
+    """start again where a run stands already"""
     track: Literal["tensorboard", "wandb"] | None = None
     """also send metrics there"""
 
@@ -217,6 +222,9 @@ def main(args: Args) -> None:
     mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
                             mesh_dim_names=("replicate", "shard"))  # fmt: skip
     mesh = mesh if args.dp_replicate > 1 else mesh["shard"]
+    run = common.Run(args, __file__)
+    if run.finished:
+        return common.end_processes()
     torch.manual_seed(args.seed)
 
     # ---- 2 Data ------------------------------------------------------------------------------------------------------
@@ -238,22 +246,29 @@ def main(args: Args) -> None:
     num_warmup = int(args.warmup_fraction * num_updates)
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup, num_updates)
 
-    run = common.Run(args, __file__, args.track)
-    for update in range(1, num_updates + 1):
+    widest = max(len(prompt) for prompt, _ in train_set), max(len(response) for _, response in train_set)
+    data = common.fingerprint(ids for row in train_set for ids in row)
+    (done,) = run.start([(policy, optimizer, scheduler)], num_updates, data, 0)
+    for update in range(done + 1, num_updates + 1):
         start = common.clock(device)
         # ---- 4 Update ------------------------------------------------------------------------------------------------
-        indices = common.shuffled_batch(len(train_set), update, args.batch_size, args.seed)
-        rows = [train_set[i] for i in indices]
-        num_tokens = sum(len(response) for _, response in rows)  # of all ranks: loss and gradient are per token
-        loss_sum = torch.zeros((), device=device)
-        mine = rows[rank * len(rows) // world_size : (rank + 1) * len(rows) // world_size]
+        rows = common.shuffled_batch(len(train_set), update, args.batch_size, args.seed)
+        num_tokens = sum(len(train_set[row][1]) for row in rows)  # of all ranks: loss and gradient are per token
+        mine = rows[rank * args.batch_size // world_size : (rank + 1) * args.batch_size // world_size]
+        # The first updates (the second has the optimizer's states) are the widest: memory runs out now or never.
+        widths = widest if update <= 2 else (0, 0)
+        losses = []
         for i in range(0, len(mine), args.micro_batch_size):
-            batch = common.pad_batch(*zip(*mine[i : i + args.micro_batch_size]), tokenizer.pad_token_id, device)
+            micro = [train_set[row] for row in mine[i : i + args.micro_batch_size]]
+            batch = common.pad_batch(*zip(*micro), tokenizer.pad_token_id, device, widths)
             logprobs, _ = policy.token_logprobs(**batch, temperature=1.0)  # (micro, R), zero outside the answer
-            loss = -logprobs.sum()
-            (loss * world_size / num_tokens).backward()  # FSDP averages over ranks, this wants the sum
-            loss_sum += loss.detach()
+            loss = -logprobs.sum(1)  # (micro,)
+            (loss.sum() * world_size / num_tokens).backward()  # FSDP averages over ranks, this wants the sum
+            losses.append(loss.detach())
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).full_tensor()
+        losses = torch.cat(losses)  # of this rank's rows
+        loss = common.all_sum(losses.sum()) / num_tokens
+        common.check_finite(update, "the loss or its gradient is", torch.stack([loss, grad_norm]), mine, losses)
         optimizer.step()
         optimizer.zero_grad()
         lr = scheduler.get_last_lr()[0]
@@ -262,7 +277,7 @@ def main(args: Args) -> None:
         # ---- 5 Log ---------------------------------------------------------------------------------------------------
         seconds = common.clock(device) - start
         metrics = {
-            "loss/sft": common.all_sum(loss_sum).item() / num_tokens,
+            "loss/sft": loss.item(),
             "optim/lr": lr,
             "optim/grad_norm": grad_norm.item(),
             "time/total": seconds,
@@ -271,7 +286,8 @@ def main(args: Args) -> None:
         }
         if heldout_set and update in (1, num_updates // 2, num_updates):
             metrics["loss/sft_heldout"] = heldout_loss(policy, heldout_set, tokenizer.pad_token_id, device, args)
-        run.log(update, num_updates, metrics, ("loss/sft", "loss/sft_heldout", "optim/lr", "time/tokens_per_sec"))
+        run.log(update, metrics, ("loss/sft", "loss/sft_heldout", "optim/lr", "time/tokens_per_sec"))
+        run.checkpoint(update)
 
     # ---- 6 Save ------------------------------------------------------------------------------------------------------
     run.save(policy, full_state_dict(policy, dtype), tokenizer, "Supervised fine-tuned policy")
@@ -280,4 +296,4 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     with common.one_line_errors():
-        main(tyro.cli(Args))
+        main(common.parse(Args))

@@ -22,7 +22,6 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-import tyro
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -86,6 +85,8 @@ class Args:
     """PPO's epsilon on the probability ratio"""
     max_approx_kl: float | None = None
     """nats per token between old and new policy; past it an update's remaining steps are skipped; None never"""
+    max_kl: float = 200.0
+    """nats per answer to the reference; past it the policy has collapsed, and the run stops"""
 
     # Machine
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -96,6 +97,12 @@ class Args:
     """recompute activations in the backward pass: less memory, more time"""
     sample_every: int = 50
     """updates between tables of sampled answers"""
+    checkpoint_every: int = 50
+    """updates between checkpoints in `output_dir`, the newest two of which are kept"""
+    resume: common.Resume = None
+    """go on with an interrupted run, from its newest whole checkpoint or the one at PATH"""
+    overwrite: bool = False
+    """start again where a run stands already"""
     track: Literal["tensorboard", "wandb"] | None = None
     """also send metrics there"""
 
@@ -309,12 +316,15 @@ def main(args: Args) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dtype = common.compute_dtype(args.dtype, device)
     common.check_positive(args, "rollout_batch_size", "micro_batch_size", "num_minibatches", "num_epochs")
-    common.check_positive(args, "num_updates", "response_length", "temperature", "sample_every")
+    common.check_positive(args, "num_updates", "response_length", "temperature", "max_kl", "sample_every")
     common.check_divides(args.num_minibatches * world_size, "--rollout-batch-size", args.rollout_batch_size)
     common.check_divides(args.dp_replicate, "the number of processes,", world_size)
     mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
                             mesh_dim_names=("replicate", "shard"))  # fmt: skip
     mesh = mesh if args.dp_replicate > 1 else mesh["shard"]
+    run = common.Run(args, __file__)
+    if run.finished:
+        return common.end_processes()
 
     # ---- 2 Data ------------------------------------------------------------------------------------------------------
     tokenizer = common.load_tokenizer(args.model_path)
@@ -339,10 +349,11 @@ def main(args: Args) -> None:
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
     scheduler = get_linear_schedule_with_warmup(optimizer, 0, args.num_updates)
 
-    run = common.Run(args, __file__, args.track)
-    B, kl_coef, warned = args.rollout_batch_size, args.kl_coef, False
+    trained, data = [(policy, optimizer, scheduler)], common.fingerprint(all_prompts)
+    done, kl_coef, usual_surprise, warned = run.start(trained, args.num_updates, data, 0, args.kl_coef, None, False)
+    B, longest_prompt = args.rollout_batch_size, max(map(len, all_prompts))
     mine = torch.arange(B).chunk(world_size)[rank]  # the rows this rank rolls out and scores
-    for update in range(1, args.num_updates + 1):
+    for update in range(done + 1, args.num_updates + 1):
         # ---- 4 Rollout: each rank answers its share of the prompts, then all ranks hold all answers (a few MB) -------
         start = common.clock(device)
         # All randomness of an update comes from (seed, update) and is drawn for the whole batch, so it depends on no
@@ -350,13 +361,15 @@ def main(args: Args) -> None:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + update)
         drawn = common.shuffled_batch(len(all_prompts), update, B, args.seed)
         prompts = [all_prompts[i] for i in drawn]
-        prompt_ids, prompt_mask = (x.to(device) for x in common.pad(prompts, tokenizer.pad_token_id, "left"))  # (B, P)
+        width = longest_prompt if update == 1 else 0  # the first update is the widest: memory runs out now or never
+        padded = common.pad(prompts, tokenizer.pad_token_id, "left", width)
+        prompt_ids, prompt_mask = (x.to(device) for x in padded)  # (B, P)
         uniforms = torch.rand(B, args.response_length, generator=generator).to(device)
         rollouts = [generate(policy, prompt_ids[micro], prompt_mask[micro], uniforms[micro], end_ids,
                              tokenizer.pad_token_id, args.temperature)
                     for micro in mine.split(args.rollout_micro_batch_size or B)]  # fmt: skip
         response_ids, response_mask = (common.all_gather(torch.cat(x)) for x in zip(*rollouts))
-        longest = response_mask.sum(1).max()
+        longest = args.response_length if update == 1 else response_mask.sum(1).max()
         response_ids, response_mask = response_ids[:, :longest], response_mask[:, :longest]  # (B, R)
         input_ids = torch.cat([prompt_ids, response_ids], 1)  # (B, P + R)
         attention_mask = torch.cat([prompt_mask, response_mask], 1)  # (B, P + R)
@@ -370,7 +383,8 @@ def main(args: Args) -> None:
             rng = random.Random(f"{args.seed}/{update}")
             contexts = [common.draw_trajectories(rng, pool, prompt, num_trajectories) for prompt in prompts]
             gvm_prompts = [common.condition(p, context, trajectory_length) for p, context in zip(prompts, contexts)]
-        gvm_ids, gvm_mask = (x.to(device) for x in common.pad(gvm_prompts, tokenizer.pad_token_id, "left"))
+            width += num_trajectories * trajectory_length if update == 1 else 0
+        gvm_ids, gvm_mask = (x.to(device) for x in common.pad(gvm_prompts, tokenizer.pad_token_id, "left", width))
         scored = []
         with torch.no_grad():
             for micro in mine.split(args.micro_batch_size):
@@ -384,7 +398,9 @@ def main(args: Args) -> None:
                 )  # (micro, R + 1)
                 scored.append(torch.cat([logprobs, ref_logprobs, gvm_values], 1))
         R = response_mask.shape[1]
-        logprobs, ref_logprobs, gvm_values = common.all_gather(torch.cat(scored)).split([R, R, R + 1], 1)
+        per_row, scored = torch.cat(scored).sum(1), common.all_gather(torch.cat(scored))
+        common.check_finite(update, "log-probs or values are", scored, mine.tolist(), per_row)
+        logprobs, ref_logprobs, gvm_values = scored.split([R, R, R + 1], 1)
         kl = logprobs - ref_logprobs  # (B, R) k1, zero outside the mask
         advantages = dvpo_advantages(
             gvm_values, kl, response_mask, args.advantage, args.gamma, args.gae_lambda, kl_coef
@@ -397,8 +413,9 @@ def main(args: Args) -> None:
         shuffled = [torch.randperm(B, generator=generator) for _ in range(args.num_epochs)]
         for minibatch in [rows for epoch in shuffled for rows in epoch.chunk(args.num_minibatches)]:
             num_tokens = response_mask[minibatch].sum()  # of all ranks and micro-batches: their number does not matter
+            rows, per_row = minibatch.chunk(world_size)[rank], []
             sums = torch.zeros(6, device=device)
-            for micro in minibatch.chunk(world_size)[rank].split(args.micro_batch_size):
+            for micro in rows.split(args.micro_batch_size):
                 mask = response_mask[micro]
                 new_logprobs, entropy = policy.token_logprobs(
                     input_ids[micro], attention_mask[micro], mask, args.temperature
@@ -406,10 +423,12 @@ def main(args: Args) -> None:
                 loss, ratio_sums = ppo_clip_loss(new_logprobs, logprobs[micro], advantages[micro], mask, args.clip_coef)
                 (loss * world_size / num_tokens).backward()  # FSDP averages over ranks, this wants the sum
                 sums += torch.stack([loss.detach(), *ratio_sums, entropy.sum()])
+                per_row.append(new_logprobs.detach().sum(1))
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).full_tensor()
+            steps.append(torch.cat([common.all_sum(sums) / num_tokens, grad_norm[None]]))
+            common.check_finite(update, "the loss or its gradient is", steps[-1], rows.tolist(), torch.cat(per_row))
             optimizer.step()
             optimizer.zero_grad()
-            steps.append(torch.cat([common.all_sum(sums) / num_tokens, grad_norm[None]]))
             if args.max_approx_kl is not None and steps[-1][1] > args.max_approx_kl:
                 break
         lr = scheduler.get_last_lr()[0]
@@ -424,7 +443,7 @@ def main(args: Args) -> None:
         # values betrays an answer unlike those, but the reference's surprise may, nats per token.
         surprise = -ref_logprobs.sum(1) / lengths  # (B,)
         if update == 1:  # the policy still is the reference
-            usual_surprise = surprise.quantile(0.95)
+            usual_surprise = surprise.quantile(0.95).item()
         off_support = (surprise > usual_surprise).float().mean().item()  # starts near 0.05
         ended = torch.isin(response_ids.gather(1, lengths[:, None] - 1)[:, 0], end_ids)  # (B,)
         sequence_kl = kl.sum(1).mean().item()
@@ -458,7 +477,7 @@ def main(args: Args) -> None:
         if args.dataset == "toy":
             metrics["objective/gold"] = sum(map(common.toy_gold, questions, texts)) / B
         shown = ("objective/gold", "objective/scores", "objective/kl", "val/response_length", "val/eos_rate")
-        run.log(update, args.num_updates, metrics, shown)
+        run.log(update, metrics, shown)
         if update % args.sample_every == 0 or update == args.num_updates:
             for question, text, score in zip(questions[:3], texts, scores.tolist()):
                 common.log(f"    {score:+.2f}  {question[-200:]!r} -> {text[:300]!r}")
@@ -470,6 +489,12 @@ def main(args: Args) -> None:
             )
         if args.kl_target is not None:  # Section 2.2 of arXiv:1909.08593: proportional control, at most 2 % per update
             kl_coef *= 1 + 0.1 * min(max(sequence_kl / args.kl_target - 1, -0.2), 0.2)
+        if sequence_kl > args.max_kl:
+            raise common.RunError(
+                f"update {update}: {sequence_kl:.0f} nats per answer to the reference, above --max-kl: the policy has "
+                "collapsed or exploits the GVM; lower --learning-rate or raise --kl-coef. The last checkpoint is good"
+            )
+        run.checkpoint(update, kl_coef, usual_surprise, warned)
 
     # ---- 8 Save ------------------------------------------------------------------------------------------------------
     run.save(policy, full_state_dict(policy, dtype), tokenizer, "Policy trained by DVPO")
@@ -478,4 +503,4 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     with common.one_line_errors():
-        main(tyro.cli(Args))
+        main(common.parse(Args))

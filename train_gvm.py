@@ -15,7 +15,6 @@ In: an SFT checkpoint and preference pairs or scored answers. Out: `--output-dir
 Shapes: B sequences, P prompt tokens (left-padded, context included), R response tokens.
 """
 
-import json
 import random
 import types
 from collections import Counter
@@ -24,7 +23,6 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-import tyro
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -86,6 +84,12 @@ class Args:
     """replicas of the sharded model (hybrid sharding: one per machine)"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
+    checkpoint_every: int = 200
+    """updates between checkpoints in `output_dir`, the newest two of which are kept"""
+    resume: common.Resume = None
+    """go on with an interrupted run, from its newest whole checkpoint or the one at PATH"""
+    overwrite: bool = False
+    """start again where a run stands already"""
     track: Literal["tensorboard", "wandb"] | None = None
     """also send metrics there"""
 
@@ -107,8 +111,8 @@ def token_values(model, input_ids, attention_mask, response_mask) -> torch.Tenso
 def td_loss(values, labels, mask, gamma: float, lam: float) -> torch.Tensor:
     """`0.5 (V - G)^2` summed over the last prompt token and all response tokens: the GVM loss of arXiv:2502.16944v2.
 
-    `values (B, R + 1)`, `labels (B,)` paid at the last token, `mask (B, R)`. The targets G are TD(lambda) returns of
-    the detached values.
+    `values (B, R + 1)`, `labels (B,)` paid at the last token, `mask (B, R)`; returns `(B,)`. The targets G are
+    TD(lambda) returns of the detached values.
     """
     # DEVIATION: the paper's loss is one-step (lambda = 0); 0.95, as in the released code, reaches early tokens sooner.
     last = mask.sum(1, keepdim=True) - 1  # (B, 1)
@@ -116,13 +120,13 @@ def td_loss(values, labels, mask, gamma: float, lam: float) -> torch.Tensor:
     returns = common.td_lambda_returns(values.detach(), rewards, mask, gamma, lam)  # (B, R + 1)
     # DEVIATION: the released code trains response tokens alone; the state before the first one is a baseline too.
     trained = torch.cat([torch.ones_like(mask[:, :1]), mask], 1)  # (B, R + 1)
-    return 0.5 * ((values - returns)[trained] ** 2).sum()
+    return 0.5 * ((values - returns) ** 2).masked_fill(~trained, 0.0).sum(1)
 
 
 def bradley_terry_loss(scores) -> torch.Tensor:
-    """`-log P(chosen is preferred)` under Bradley-Terry, summed over pairs; `scores (2 M,)`: chosen, rejected, ..."""
+    """`-log P(chosen is preferred)` under Bradley-Terry, `(M,)`, of `scores (2 M,)`: chosen, rejected, chosen, ..."""
     chosen, rejected = scores.view(-1, 2).unbind(1)  # (M,)
-    return -torch.nn.functional.logsigmoid(chosen - rejected).sum()
+    return -torch.nn.functional.logsigmoid(chosen - rejected)
 
 
 # ---- Sharding --------------------------------------------------------------------------------------------------------
@@ -180,7 +184,7 @@ def tokenize(
     return answers, len(sides)
 
 
-def make_batch(config, answers: list[Answer], pools: dict, key: str, pad_id: int, device) -> dict[str, torch.Tensor]:
+def make_batch(config, answers: list[Answer], pools: dict, key: str, pad_id: int, device, widths=(0, 0)) -> dict:
     """`input_ids attention_mask response_mask` of answers, each behind its prompt and, in front of that, as many
     trajectories of its policy as the GVM's `config` says, drawn anew for every `key`."""
     prompts = [answer.prompt_ids for answer in answers]
@@ -191,7 +195,7 @@ def make_batch(config, answers: list[Answer], pools: dict, key: str, pad_id: int
                 rng, pools[answer.policy], answer.prompt_ids, config.num_context_trajectories
             )
             prompts[i] = common.condition(answer.prompt_ids, drawn, config.context_trajectory_length)
-    return common.pad_batch(prompts, [answer.response_ids for answer in answers], pad_id, device)
+    return common.pad_batch(prompts, [answer.response_ids for answer in answers], pad_id, device, widths)
 
 
 def policy_pools(answers: list[Answer]) -> dict[str, list[common.Trajectory]]:
@@ -229,6 +233,9 @@ def main(args: Args) -> None:
     mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
                             mesh_dim_names=("replicate", "shard"))  # fmt: skip
     mesh = mesh if args.dp_replicate > 1 else mesh["shard"]
+    run = common.Run(args, __file__)
+    if run.finished:
+        return common.end_processes()
 
     # ---- 2 Data ------------------------------------------------------------------------------------------------------
     tokenizer = common.load_tokenizer(args.model_path)
@@ -267,29 +274,40 @@ def main(args: Args) -> None:
     num_warmup = int(args.warmup_fraction * num_updates)
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup, num_updates)
 
-    run = common.Run(args, __file__, args.track)
-    for update in range(1, num_updates + 1):
+    widest = (max(len(answer.prompt_ids) for answer in train_set)
+              + args.num_context_trajectories * args.context_trajectory_length,
+              max(len(answer.response_ids) for answer in train_set))  # fmt: skip
+    data = common.fingerprint(ids for answer in train_set for ids in (answer.prompt_ids, answer.response_ids))
+    (done,) = run.start([(gvm, optimizer, scheduler)], num_updates, data, 0)
+    for update in range(done + 1, num_updates + 1):
         start = common.clock(device)
         # ---- 4 Update ------------------------------------------------------------------------------------------------
         groups = common.shuffled_batch(len(train_set) // group, update, args.batch_size // group, args.seed)
-        answers = [train_set[group * i + side] for i in groups for side in range(group)]
-        num_values = sum(len(answer.response_ids) + 1 for answer in answers)  # of all ranks: the loss is per value
-        mine = answers[rank * len(answers) // world_size : (rank + 1) * len(answers) // world_size]
-        loss_sum = torch.zeros((), device=device)
+        rows = [group * i + side for i in groups for side in range(group)]
+        num_values = sum(len(train_set[row].response_ids) + 1 for row in rows)  # of all ranks: the loss is per value
+        mine = rows[rank * len(rows) // world_size : (rank + 1) * len(rows) // world_size]
+        # The first updates (the second has the optimizer's states) are the widest: memory runs out now or never.
+        widths = widest if update <= 2 else (0, 0)
+        td_losses = []
         for i in range(0, len(mine), args.micro_batch_size):
-            micro = mine[i : i + args.micro_batch_size]
-            batch = make_batch(gvm.config, micro, pools, f"{args.seed}/{update}", tokenizer.pad_token_id, device)
+            micro = [train_set[row] for row in mine[i : i + args.micro_batch_size]]
+            key = f"{args.seed}/{update}"
+            batch = make_batch(gvm.config, micro, pools, key, tokenizer.pad_token_id, device, widths)
             labels = torch.tensor([answer.label for answer in micro], device=device)  # (micro,)
             values = gvm.token_values(**batch)  # (micro, R + 1)
-            loss = td_loss(values, labels, batch["response_mask"], args.gamma, args.td_lambda) / num_values
-            loss_sum += loss.detach()
+            loss = td_loss(values, labels, batch["response_mask"], args.gamma, args.td_lambda)  # (micro,)
+            td_losses.append(loss.detach())
+            loss = loss.sum() / num_values
             if group == 2 and args.label_source == "preference":
                 # DEVIATION: a pair says which answer is better, and +1 and -1 make two absolute verdicts of it, blurred
                 # by the strength of the other answer. This term takes the pair as it is, on the finished answers.
                 last_values = common.last_values(values, batch["response_mask"])  # (micro,)
-                loss = loss + args.bt_coef * bradley_terry_loss(last_values) / len(groups)
+                loss = loss + args.bt_coef * bradley_terry_loss(last_values).sum() / len(groups)
             (loss * world_size).backward()  # FSDP averages over ranks, this wants the sum
         grad_norm = torch.nn.utils.clip_grad_norm_(gvm.parameters(), args.max_grad_norm).full_tensor()
+        td_losses = torch.cat(td_losses)  # of this rank's rows
+        loss = common.all_sum(td_losses.sum()) / num_values
+        common.check_finite(update, "the loss or its gradient is", torch.stack([loss, grad_norm]), mine, td_losses)
         optimizer.step()
         optimizer.zero_grad()
         lr = scheduler.get_last_lr()[0]
@@ -298,7 +316,7 @@ def main(args: Args) -> None:
         # ---- 5 Log ---------------------------------------------------------------------------------------------------
         seconds = common.clock(device) - start
         metrics = {
-            "gvm/loss": common.all_sum(loss_sum).item(),
+            "gvm/loss": loss.item(),
             "optim/lr": lr,
             "optim/grad_norm": grad_norm.item(),
             "time/total": seconds,
@@ -311,17 +329,17 @@ def main(args: Args) -> None:
             metrics["gvm/explained_variance"] = report["explained_variance"]
             if len(pairs):
                 metrics["gvm/pair_accuracy"] = report["pair_accuracy"]["last"]
-        run.log(update, num_updates, metrics, ("gvm/loss", "gvm/pair_accuracy", "gvm/explained_variance", "optim/lr"))
+            run.write("report.json", report)
+        run.log(update, metrics, ("gvm/loss", "gvm/pair_accuracy", "gvm/explained_variance", "optim/lr"))
+        if heldout_set and update == num_updates:
+            common.log("held-out:\n" + common.value_tables(report))
+        run.checkpoint(update)
 
     # ---- 6 Save ------------------------------------------------------------------------------------------------------
-    if heldout_set:
-        common.log("held-out:\n" + common.value_tables(report))
-        if rank == 0:
-            (run.folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     run.save(gvm, full_state_dict(gvm, dtype), tokenizer, "Global value model (GVM)")
     common.end_processes()
 
 
 if __name__ == "__main__":
     with common.one_line_errors():
-        main(tyro.cli(Args))
+        main(common.parse(Args))

@@ -27,7 +27,6 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-import tyro
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -109,6 +108,8 @@ class Args:
     """the critic's values are clipped to this distance from those of the rollout"""
     max_approx_kl: float | None = None
     """nats per token between old and new policy; past it an update's remaining steps are skipped; None never"""
+    max_kl: float = 200.0
+    """nats per answer to the reference; past it the policy has collapsed, and the run stops"""
 
     # Machine
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -119,6 +120,12 @@ class Args:
     """recompute activations in the backward pass: less memory, more time"""
     sample_every: int = 50
     """updates between tables of sampled answers"""
+    checkpoint_every: int = 50
+    """updates between checkpoints in `output_dir`, the newest two of which are kept"""
+    resume: common.Resume = None
+    """go on with an interrupted run, from its newest whole checkpoint or the one at PATH"""
+    overwrite: bool = False
+    """start again where a run stands already"""
     track: Literal["tensorboard", "wandb"] | None = None
     """also send metrics there"""
 
@@ -220,9 +227,9 @@ def token_values(model, input_ids, attention_mask, response_mask) -> torch.Tenso
 
 # Copied from train_gvm.bradley_terry_loss
 def bradley_terry_loss(scores) -> torch.Tensor:
-    """`-log P(chosen is preferred)` under Bradley-Terry, summed over pairs; `scores (2 M,)`: chosen, rejected, ..."""
+    """`-log P(chosen is preferred)` under Bradley-Terry, `(M,)`, of `scores (2 M,)`: chosen, rejected, chosen, ..."""
     chosen, rejected = scores.view(-1, 2).unbind(1)  # (M,)
-    return -torch.nn.functional.logsigmoid(chosen - rejected).sum()
+    return -torch.nn.functional.logsigmoid(chosen - rejected)
 
 
 def ppo_advantages(values, scores, kl, mask, gamma: float, lam: float, kl_coef: float):
@@ -365,6 +372,9 @@ def pair_accuracy(rm, answers: list[common.Trajectory], pad_id: int, micro_batch
 
 def train_reward_model(args: Args, tokenizer, mesh, dtype: torch.dtype, device) -> None:
     """Bradley-Terry on the preference pairs, started from the SFT policy; leaves the RM in `args.output_dir`."""
+    run = common.Run(args, __file__)
+    if run.finished:
+        return
     common.check_divides(2, "--micro-batch-size", args.micro_batch_size)  # a pair is seen in one piece
     rank, world_size = dist.get_rank(), dist.get_world_size()
     examples, heldout = common.load_examples(args.dataset, needs="pairs")
@@ -380,26 +390,33 @@ def train_reward_model(args: Args, tokenizer, mesh, dtype: torch.dtype, device) 
     num_warmup = int(args.reward_warmup_fraction * num_updates)
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup, num_updates)
 
-    run = common.Run(args, __file__, args.track)
+    widest = max(len(prompt) for prompt, _ in train_set), max(len(response) for _, response in train_set)
+    data = common.fingerprint(ids for row in train_set for ids in row)
+    (done,) = run.start([(rm, optimizer, scheduler)], num_updates, data, 0)
     num_pairs = args.reward_batch_size // 2
-    for update in range(1, num_updates + 1):
+    for update in range(done + 1, num_updates + 1):
         start = common.clock(device)
         pairs = common.shuffled_batch(len(train_set) // 2, update, num_pairs, args.seed)
         mine = pairs[rank * num_pairs // world_size : (rank + 1) * num_pairs // world_size]
-        loss_sum = torch.zeros((), device=device)
+        # The first updates (the second has the optimizer's states) are the widest: memory runs out now or never.
+        widths = widest if update <= 2 else (0, 0)
+        losses = []
         for i in range(0, len(mine), args.micro_batch_size // 2):
             micro = [train_set[2 * pair + side] for pair in mine[i : i + args.micro_batch_size // 2] for side in (0, 1)]
-            batch = common.pad_batch(*zip(*micro), tokenizer.pad_token_id, device)
+            batch = common.pad_batch(*zip(*micro), tokenizer.pad_token_id, device, widths)
             scores = common.last_values(rm.token_values(**batch), batch["response_mask"])  # (micro,)
-            loss = bradley_terry_loss(scores)
-            loss += args.reward_center_coef * (scores.view(-1, 2).sum(1) ** 2).sum()  # Eq. 2 of arXiv:2312.09244
-            (loss * world_size / num_pairs).backward()  # FSDP averages over ranks, this wants the sum
-            loss_sum += loss.detach()
+            loss = bradley_terry_loss(scores)  # (pairs,)
+            loss = loss + args.reward_center_coef * scores.view(-1, 2).sum(1) ** 2  # Eq. 2 of arXiv:2312.09244
+            (loss.sum() * world_size / num_pairs).backward()  # FSDP averages over ranks, this wants the sum
+            losses.append(loss.detach())
         grad_norm = torch.nn.utils.clip_grad_norm_(rm.parameters(), args.max_grad_norm).full_tensor()
+        losses = torch.cat(losses)  # of this rank's pairs
+        loss = common.all_sum(losses.sum()) / num_pairs
+        common.check_finite(update, "the loss or its gradient is", torch.stack([loss, grad_norm]), mine, losses)
         optimizer.step()
         optimizer.zero_grad()
         metrics = {
-            "rm/loss": common.all_sum(loss_sum).item() / num_pairs,
+            "rm/loss": loss.item(),
             "optim/lr": scheduler.get_last_lr()[0],
             "optim/grad_norm": grad_norm.item(),
             "time/total": common.clock(device) - start,
@@ -410,7 +427,8 @@ def train_reward_model(args: Args, tokenizer, mesh, dtype: torch.dtype, device) 
             metrics["rm/pair_accuracy"] = pair_accuracy(
                 rm, heldout_set, tokenizer.pad_token_id, args.micro_batch_size, device
             )
-        run.log(update, num_updates, metrics, ("rm/loss", "rm/pair_accuracy", "optim/lr"))
+        run.log(update, metrics, ("rm/loss", "rm/pair_accuracy", "optim/lr"))
+        run.checkpoint(update)
     run.save(rm, full_state_dict(rm, dtype), tokenizer, "Reward model (Bradley-Terry)")
     dist.barrier()  # the folder is whole before any rank reads it
 
@@ -421,8 +439,10 @@ def main(args: Args) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dtype = common.compute_dtype(args.dtype, device)
     common.check_positive(args, "rollout_batch_size", "micro_batch_size", "num_minibatches", "num_epochs")
-    common.check_positive(args, "num_updates", "response_length", "temperature", "sample_every", "value_clip_coef")
-    common.check_positive(args, "reward_num_epochs", "reward_batch_size")
+    common.check_positive(
+        args, "num_updates", "response_length", "temperature", "max_kl", "sample_every", "value_clip_coef"
+    )
+    common.check_positive(args, "value_clip_coef", "reward_num_epochs", "reward_batch_size")
     common.check_divides(args.num_minibatches * world_size, "--rollout-batch-size", args.rollout_batch_size)
     # The two answers of a pair stay together.
     common.check_divides(2 * world_size, "--reward-batch-size", args.reward_batch_size)
@@ -430,6 +450,9 @@ def main(args: Args) -> None:
     mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
                             mesh_dim_names=("replicate", "shard"))  # fmt: skip
     mesh = mesh if args.dp_replicate > 1 else mesh["shard"]
+    run = common.Run(args, __file__)
+    if run.finished:
+        return common.end_processes()
 
     # ---- 2 Data ------------------------------------------------------------------------------------------------------
     tokenizer = common.load_tokenizer(args.model_path)
@@ -442,7 +465,9 @@ def main(args: Args) -> None:
     # ---- 3 Models: two trained, two frozen ---------------------------------------------------------------------------
     reward_path = args.reward_path or args.reward_output_dir
     if args.reward_path is None:
-        train_reward_model(replace(args, output_dir=reward_path), tokenizer, mesh, dtype, device)
+        resume = None if args.resume is None else ()
+        reward_args = replace(args, output_dir=reward_path, resume=resume)
+        train_reward_model(reward_args, tokenizer, mesh, dtype, device)
         gc.collect()  # the model and its methods refer to each other: without it, its memory would stay taken
     common.check_same_tokenizer(args.model_path, tokenizer, reward_path, common.load_tokenizer(reward_path))
     policy = common.load_policy(args.model_path, tokenizer, torch.float32).train()
@@ -463,10 +488,14 @@ def main(args: Args) -> None:
     scheduler = get_linear_schedule_with_warmup(optimizer, 0, args.num_updates)
     critic_scheduler = get_linear_schedule_with_warmup(critic_optimizer, 0, args.num_updates)
 
-    run = common.Run(args, __file__, args.track)
-    B, kl_coef, warned = args.rollout_batch_size, args.kl_coef, False
+    trained, data = (
+        [(policy, optimizer, scheduler), (critic, critic_optimizer, critic_scheduler)],
+        common.fingerprint(all_prompts),
+    )
+    done, kl_coef, usual_surprise, warned = run.start(trained, args.num_updates, data, 0, args.kl_coef, None, False)
+    B, longest_prompt = args.rollout_batch_size, max(map(len, all_prompts))
     mine = torch.arange(B).chunk(world_size)[rank]  # the rows this rank rolls out and scores
-    for update in range(1, args.num_updates + 1):
+    for update in range(done + 1, args.num_updates + 1):
         # ---- 4 Rollout: each rank answers its share of the prompts, then all ranks hold all answers (a few MB) -------
         start = common.clock(device)
         # All randomness of an update comes from (seed, update) and is drawn for the whole batch, so it depends on no
@@ -474,13 +503,15 @@ def main(args: Args) -> None:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + update)
         drawn = common.shuffled_batch(len(all_prompts), update, B, args.seed)
         prompts = [all_prompts[i] for i in drawn]
-        prompt_ids, prompt_mask = (x.to(device) for x in common.pad(prompts, tokenizer.pad_token_id, "left"))  # (B, P)
+        width = longest_prompt if update == 1 else 0  # the first update is the widest: memory runs out now or never
+        padded = common.pad(prompts, tokenizer.pad_token_id, "left", width)
+        prompt_ids, prompt_mask = (x.to(device) for x in padded)  # (B, P)
         uniforms = torch.rand(B, args.response_length, generator=generator).to(device)
         rollouts = [generate(policy, prompt_ids[micro], prompt_mask[micro], uniforms[micro], end_ids,
                              tokenizer.pad_token_id, args.temperature)
                     for micro in mine.split(args.rollout_micro_batch_size or B)]  # fmt: skip
         response_ids, response_mask = (common.all_gather(torch.cat(x)) for x in zip(*rollouts))
-        longest = response_mask.sum(1).max()
+        longest = args.response_length if update == 1 else response_mask.sum(1).max()
         response_ids, response_mask = response_ids[:, :longest], response_mask[:, :longest]  # (B, R)
         input_ids = torch.cat([prompt_ids, response_ids], 1)  # (B, P + R)
         attention_mask = torch.cat([prompt_mask, response_mask], 1)  # (B, P + R)
@@ -499,7 +530,9 @@ def main(args: Args) -> None:
                 values = critic.token_values(*batch)  # (micro, R + 1)
                 scored.append(torch.cat([logprobs, ref_logprobs, values, scores[:, None]], 1))
         R = response_mask.shape[1]
-        logprobs, ref_logprobs, values, scores = common.all_gather(torch.cat(scored)).split([R, R, R + 1, 1], 1)
+        per_row, scored = torch.cat(scored).sum(1), common.all_gather(torch.cat(scored))
+        common.check_finite(update, "log-probs, values or scores are", scored, mine.tolist(), per_row)
+        logprobs, ref_logprobs, values, scores = scored.split([R, R, R + 1, 1], 1)
         kl, scores = logprobs - ref_logprobs, scores[:, 0]  # (B, R) k1, zero outside the mask; (B,)
         lengths = response_mask.sum(1)  # (B,)
         ended = torch.isin(response_ids.gather(1, lengths[:, None] - 1)[:, 0], end_ids)  # (B,)
@@ -514,8 +547,9 @@ def main(args: Args) -> None:
         shuffled = [torch.randperm(B, generator=generator) for _ in range(args.num_epochs)]
         for minibatch in [rows for epoch in shuffled for rows in epoch.chunk(args.num_minibatches)]:
             num_tokens = response_mask[minibatch].sum()  # of all ranks and micro-batches: their number does not matter
+            rows, per_row = minibatch.chunk(world_size)[rank], []
             sums = torch.zeros(8, device=device)
-            for micro in minibatch.chunk(world_size)[rank].split(args.micro_batch_size):
+            for micro in rows.split(args.micro_batch_size):
                 mask = response_mask[micro]
                 new_logprobs, entropy = policy.token_logprobs(
                     input_ids[micro], attention_mask[micro], mask, args.temperature
@@ -528,13 +562,16 @@ def main(args: Args) -> None:
                 (value_loss * world_size / num_tokens).backward()
                 drift = ((new_values.detach() - old_values) ** 2)[mask].sum()
                 sums += torch.stack([loss.detach(), *ratio_sums, entropy.sum(), value_loss.detach(), drift])
+                per_row.append((new_logprobs.detach() + new_values.detach() * mask).sum(1))
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).full_tensor()
-            torch.nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
+            critic_grad_norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm).full_tensor()
+            norms = torch.stack([grad_norm, critic_grad_norm])
+            steps.append(torch.cat([common.all_sum(sums) / num_tokens, norms]))
+            common.check_finite(update, "a loss or its gradient is", steps[-1], rows.tolist(), torch.cat(per_row))
             optimizer.step()
             optimizer.zero_grad()
             critic_optimizer.step()
             critic_optimizer.zero_grad()
-            steps.append(torch.cat([common.all_sum(sums) / num_tokens, grad_norm[None]]))
             if args.max_approx_kl is not None and steps[-1][1] > args.max_approx_kl:
                 break
         lr = scheduler.get_last_lr()[0]
@@ -543,14 +580,14 @@ def main(args: Args) -> None:
         time_update = common.clock(device) - start
 
         # ---- 7 Log ---------------------------------------------------------------------------------------------------
-        loss, approxkl, clipfrac, ratio, ratio_squared, entropy, value_loss, drift, grad_norm = (
+        loss, approxkl, clipfrac, ratio, ratio_squared, entropy, value_loss, drift, grad_norm, _ = (
             torch.stack(steps).mean(0).tolist()
         )
         # Can the RM still be trusted? It learned from answers that the reference, too, was trained on. Nothing in its
         # scores betrays an answer unlike those, but the reference's surprise may, nats per token.
         surprise = -ref_logprobs.sum(1) / lengths  # (B,)
         if update == 1:  # the policy still is the reference
-            usual_surprise = surprise.quantile(0.95)
+            usual_surprise = surprise.quantile(0.95).item()
         off_support = (surprise > usual_surprise).float().mean().item()  # starts near 0.05
         sequence_kl = kl.sum(1).mean().item()
         seconds = time_rollout + time_score + time_update
@@ -588,7 +625,7 @@ def main(args: Args) -> None:
         if args.dataset == "toy":
             metrics["objective/gold"] = sum(map(common.toy_gold, questions, texts)) / B
         shown = ("objective/gold", "objective/scores", "objective/kl", "val/response_length", "val/eos_rate")
-        run.log(update, args.num_updates, metrics, shown)
+        run.log(update, metrics, shown)
         if update % args.sample_every == 0 or update == args.num_updates:
             for question, text, score in zip(questions[:3], texts, scores.tolist()):
                 common.log(f"    {score:+.2f}  {question[-200:]!r} -> {text[:300]!r}")
@@ -600,6 +637,12 @@ def main(args: Args) -> None:
             )
         if args.kl_target is not None:  # Section 2.2 of arXiv:1909.08593: proportional control, at most 2 % per update
             kl_coef *= 1 + 0.1 * min(max(sequence_kl / args.kl_target - 1, -0.2), 0.2)
+        if sequence_kl > args.max_kl:
+            raise common.RunError(
+                f"update {update}: {sequence_kl:.0f} nats per answer to the reference, above --max-kl: the policy has "
+                "collapsed or exploits the RM; lower --learning-rate or raise --kl-coef. The last checkpoint is good"
+            )
+        run.checkpoint(update, kl_coef, usual_surprise, warned)
 
     # ---- 8 Save ------------------------------------------------------------------------------------------------------
     run.save(policy, full_state_dict(policy, dtype), tokenizer, "Policy trained by PPO (baseline of DVPO)")
@@ -608,4 +651,4 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     with common.one_line_errors():
-        main(tyro.cli(Args))
+        main(common.parse(Args))

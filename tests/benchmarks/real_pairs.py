@@ -57,7 +57,7 @@ def make_model(texts: list[str], folder: Path) -> None:
 
 def run(*arguments) -> None:
     print("$ python", *arguments, flush=True)
-    subprocess.run([sys.executable, ROOT / arguments[0], *map(str, arguments[1:])], check=True)
+    subprocess.run([sys.executable, ROOT / arguments[0], *map(str, arguments[1:]), "--overwrite"], check=True)
 
 
 def accuracy(right: torch.Tensor, instructions: list[str], keep: torch.Tensor) -> str:

@@ -174,7 +174,8 @@ def cells(experiment: str, seed: int) -> list[Cell]:
                 for method in ("dvpo", "ppo") for rate in RATES]  # fmt: skip
     # A GVM from a sixteenth of the pairs and nothing that holds the policy back: it will be exploited.
     small = "gvm-unreliable"
-    exploited = train("dvpo", "1/16 of the pairs, kl_coef=0", {"kl_coef": 0.0}, gvm=small, coef=0.0)
+    flags = {"kl_coef": 0.0, "max_kl": 1e9}
+    exploited = train("dvpo", "1/16 of the pairs, kl_coef=0", flags, gvm=small, coef=0.0)
     exploited.stages.insert(0, ("train_gvm", {"output_dir": small, **GVMS["1/16 of the pairs"]}))
     return [train("dvpo", "kl_coef=0", {"kl_coef": 0.0}, coef=0.0), exploited]
 
@@ -288,7 +289,8 @@ def run_cell(cell: Cell, folder: str) -> dict:
         start = time.perf_counter()
         recorded = script in ("train_dvpo", "train_ppo_baseline")
         with Recorder(module) if recorded else contextlib.nullcontext() as recorder:
-            module.main(module.Args(**{"model_path": "sft", "seed": cell.seed, **flags}))
+            more = {} if script in ("dpo", "grpo") else {"overwrite": True}  # what a stopped study has left
+            module.main(module.Args(**{"model_path": "sft", "seed": cell.seed, **more, **flags}))
         row["seconds"][script] = time.perf_counter() - start
         if recorded:
             row["critic"] = recorder.windows()
