@@ -1032,7 +1032,8 @@ class Run:
         problem = None
         try:
             manifest = json.loads((checkpoint / "manifest.json").read_text())
-            for name in sorted(manifest)[dist.get_rank() :: dist.get_world_size()]:
+            names = sorted(manifest.keys() | {".metadata", "state.json"})
+            for name in names[dist.get_rank() :: dist.get_world_size()]:
                 if sha256(checkpoint / name) != manifest[name]:
                     problem = f"{name} is not what was written"
             state = json.loads((checkpoint / "state.json").read_text())
@@ -1174,8 +1175,9 @@ class Run:
                 shutil.rmtree(unfinished, ignore_errors=True)
             failures = getattr(error, "failures", {0: (error, None)})
             reason = str(next(iter(failures.values()))[0]).splitlines()[-1]
-            raise RunError(f"{target}: cannot be written ({reason}); the one before is whole. Make room, then "
-                           "--resume") from error  # fmt: skip
+            free = shutil.disk_usage(self.folder).free / 1e9
+            raise RunError(f"{target}: cannot be written ({reason}; {free:.1f} GB are free there). Make room, then "
+                           "--resume goes on from the one before") from error  # fmt: skip
 
     def tensors(self) -> dict:
         """Weights and optimizer states of what is trained, as shards."""

@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: no test may wait for a net
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import common
@@ -68,17 +69,21 @@ def no_leftover_processes():
         dist.destroy_process_group()
 
 
-def run_script(*arguments, ranks: int = 1, cwd=None) -> subprocess.CompletedProcess:
-    """Run `python SCRIPT ARGUMENTS`, or torchrun with several ranks, as a user would."""
-    launcher = [sys.executable]
+def run_script(*arguments, ranks: int = 1, launcher=(), cwd=None, **variables) -> subprocess.CompletedProcess:
+    """Run `python SCRIPT ARGUMENTS`, or torchrun (with flags `launcher`) for several ranks, as a user would."""
+    command = [sys.executable]
     if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), *launcher]
     script, *rest = map(str, arguments)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     return subprocess.run(
-        [*launcher, str(ROOT / script), *rest], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+        [*command, str(ROOT / script), *rest], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
     )
 
 
 def read_metrics(folder) -> list[dict]:
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def load_weights(folder) -> dict:
+    return load_file(Path(folder) / "model.safetensors")

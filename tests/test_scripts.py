@@ -3,11 +3,10 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, read_metrics, run_script
+from conftest import ROOT, load_weights, read_metrics, run_script
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -44,12 +43,6 @@ def test_import_has_no_side_effect(script, tmp_path):
     )
     assert result.stdout == "fine\n", result.stderr
     assert not list(tmp_path.iterdir())
-
-
-def load_weights(folder) -> dict:
-    from safetensors.torch import load_file
-
-    return load_file(Path(folder) / "model.safetensors")
 
 
 def assert_same_run(a, b, keys, tolerance=2e-6):

@@ -1,0 +1,614 @@
+"""A run survives what happens to it: kills, signals, damaged checkpoints, full disks, bad numbers, lost processes."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT, load_weights, read_metrics, run_script
+
+import common
+import sft
+import train_dvpo
+import train_gvm
+import train_ppo_baseline
+
+MODULES = {"sft": sft, "train_gvm": train_gvm, "train_dvpo": train_dvpo, "train_ppo_baseline": train_ppo_baseline}
+EVERY = 3  # updates between checkpoints, of 8
+
+
+class Interrupted(BaseException):
+    """What no script catches, as no script catches a kill."""
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> str:
+    """A file of preference pairs of the embedded task: 64 to train on, 4 held out."""
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    kept, out = [], []
+    for example in common.toy_examples()[0][:200]:
+        (out if random.Random(example.prompt[-1]["content"]).random() < 0.05 else kept).append(example)
+    rows = [{"prompt": e.prompt, "chosen": e.chosen, "rejected": e.rejected, "chosen_policy": e.chosen_policy,
+             "rejected_policy": e.rejected_policy} for e in kept[:64] + out[:4]]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def settings(tiny_model, tiny_gvm, pairs):
+    """settings(script, folder) -> flags of a run of 8 updates, and for PPO a reward model of as many."""
+
+    def of(script, folder, **more):
+        same = {"model_path": tiny_model, "dataset": pairs, "output_dir": str(folder), "checkpoint_every": EVERY}
+        own = {
+            "sft": {"num_epochs": 1, "num_examples": 64, "batch_size": 8, "answers": "chosen"},
+            "train_gvm": {"num_epochs": 1, "num_examples": 32, "batch_size": 8, "num_context_trajectories": 1},
+            "train_dvpo": {"gvm_path": tiny_gvm, "num_updates": 8, "rollout_batch_size": 8, "kl_target": 1.0},
+            "train_ppo_baseline": {"num_updates": 8, "rollout_batch_size": 8, "kl_target": 1.0,
+                                   "reward_output_dir": f"{folder}_rm", "reward_batch_size": 16,
+                                   "reward_num_epochs": 1},
+        }[script]  # fmt: skip
+        return {**same, **own, **more}
+
+    return of
+
+
+def train(script, flags, **more):
+    module = MODULES[script]
+    try:
+        module.main(module.Args(**{**flags, **more}))
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def command_line(flags: dict) -> list[str]:
+    return [part for name, value in flags.items()
+            for part in (f"--{name.replace('_', '-')}", value)]  # fmt: skip
+
+
+def assert_identical(a, b):
+    """Bit-identical weights, and metrics with each update once; only the clock and the memory may differ."""
+    wall = ("time/",)
+    strip = lambda rows: [{k: v for k, v in row.items() if not k.startswith(wall)} for row in rows]
+    rows = strip(read_metrics(a))
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert rows == strip(read_metrics(b))
+    weights = load_weights(b)
+    for name, tensor in load_weights(a).items():
+        assert torch.equal(tensor, weights[name]), name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Folders of the runs that nothing interrupted, by script."""
+    return {"folder": tmp_path_factory.mktemp("uninterrupted")}
+
+
+@pytest.fixture
+def whole(uninterrupted, settings):
+    def run(script):
+        folder = uninterrupted["folder"] / script
+        if script not in uninterrupted:
+            train(script, settings(script, folder))
+            uninterrupted[script] = folder
+        return folder
+
+    return run
+
+
+# ---- Resume ----------------------------------------------------------------------------------------------------------
+def interrupt(monkeypatch, method: str, at: int, after: bool):
+    """Let the `at`-th call of `common.Run.<method>` fail, before or after it has done its work."""
+    original, calls = getattr(common.Run, method), []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == at and not after:
+            raise Interrupted
+        result = original(*args)
+        if len(calls) == at:
+            raise Interrupted
+        return result
+
+    monkeypatch.setattr(common.Run, method, failing)
+
+
+@pytest.mark.parametrize(
+    "method, at, after",
+    [
+        ("start", 1, True),  # nothing learned yet
+        ("log", 2, True),  # before the first checkpoint
+        ("checkpoint", 3, False),  # logged, not saved
+        ("checkpoint", 3, True),  # just saved
+        ("log", 5, False),  # computed, not logged
+        ("save", 1, False),  # all updates done, the model not yet written
+    ],
+)
+@pytest.mark.parametrize("script", MODULES)
+def test_an_interrupted_run_ends_bit_identical(script, method, at, after, whole, settings, tmp_path, monkeypatch):
+    flags = settings(script, tmp_path / "run")
+    if script == "train_ppo_baseline":
+        flags["reward_path"] = str(whole(script)) + "_rm"
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt(patch, method, at, after)
+        train(script, flags)
+    train(script, flags, resume=())
+    assert_identical(whole(script), tmp_path / "run")
+
+
+@pytest.mark.parametrize("method, at, after", [("checkpoint", 4, False), ("save", 1, True), ("log", 10, True)])
+def test_ppo_goes_on_in_the_stage_it_was_in(method, at, after, whole, settings, tmp_path, monkeypatch):
+    """Its reward model of 8 updates comes first: the third case is in the policy's second update."""
+    flags = settings("train_ppo_baseline", tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt(patch, method, at, after)
+        train("train_ppo_baseline", flags)
+    train("train_ppo_baseline", flags, resume=())
+    assert_identical(whole("train_ppo_baseline"), tmp_path / "run")
+    assert_identical(f"{whole('train_ppo_baseline')}_rm", tmp_path / "run_rm")
+
+
+def test_a_run_interrupted_again_and_again(whole, settings, tmp_path, monkeypatch):
+    flags = settings("train_dvpo", tmp_path / "run", checkpoint_every=1)
+    for i in range(6):
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            interrupt(patch, "checkpoint", 2 if i else 1, after=bool(i % 2))
+            train("train_dvpo", flags, **({"resume": ()} if i else {}))
+    train("train_dvpo", flags, resume=())
+    assert_identical(whole("train_dvpo"), tmp_path / "run")
+
+
+def test_resume_from_a_named_checkpoint(whole, settings, tmp_path):
+    """An older one: what came after it is made anew."""
+    flags = settings("train_dvpo", tmp_path / "run")
+    train("train_dvpo", flags)
+    (tmp_path / "run" / "config.json").unlink()  # as if it had not finished
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_000006", "step_000008"]  # the newest two
+    train("train_dvpo", flags, resume=(str(checkpoints / "step_000006"),))
+    assert_identical(whole("train_dvpo"), tmp_path / "run")
+
+
+def test_two_ranks_save_one_goes_on(whole, settings, tmp_path):
+    flags = settings("train_dvpo", tmp_path / "run")
+    result = launch("train_dvpo", flags, "stop_after(4)", tmp_path, ranks=2)
+    assert "stopped by SIGTERM after update 4: --resume goes on" in result.stdout, result.stderr[-2000:]
+    train("train_dvpo", flags, resume=())
+    for a, b in zip(read_metrics(whole("train_dvpo")), read_metrics(tmp_path / "run"), strict=True):
+        for key in ("objective/kl", "loss/policy", "optim/grad_norm", "objective/scores"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), (a["step"], key)
+    weights = load_weights(tmp_path / "run")
+    for name, tensor in load_weights(whole("train_dvpo")).items():
+        torch.testing.assert_close(tensor, weights[name], rtol=1e-4, atol=1e-5)
+
+
+def test_micro_batches_may_change_on_the_way(settings, whole, tmp_path, monkeypatch):
+    flags = settings("sft", tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt(patch, "checkpoint", 4, after=True)
+        train("sft", flags)
+    train("sft", flags, resume=(), micro_batch_size=2, checkpoint_every=100)
+    for a, b in zip(read_metrics(whole("sft")), read_metrics(tmp_path / "run"), strict=True):
+        assert a["loss/sft"] == pytest.approx(b["loss/sft"], rel=1e-5)
+
+
+# ---- Signals and kills, as they come from outside --------------------------------------------------------------------
+DRIVER = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import common, {script}
+import torch
+restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+rank = int(os.environ.get("RANK", 0))
+
+def at_update(update, do):  # when the update is about to be logged
+    log = common.Run.log
+    def logged(run, number, *rest):
+        if number == update and not restarted:
+            do()
+        return log(run, number, *rest)
+    common.Run.log = logged
+
+def stop_after(update, of_rank=0):
+    at_update(update, lambda: rank == of_rank and os.kill(os.getpid(), signal.SIGTERM))
+
+def kill_at(update, of_rank=0):
+    at_update(update, lambda: rank == of_rank and os.kill(os.getpid(), signal.SIGKILL))
+
+def fail(error):
+    raise error
+
+{patch}
+with common.one_line_errors():
+    {script}.main(common.parse({script}.Args))
+"""
+
+
+def ours(result) -> str:
+    """What the script wrote to stderr, without torchrun's own report."""
+    return result.stderr.split('Traceback (most recent call last):\n  File "<frozen runpy>"')[0]
+
+
+def launch(script, flags, patch, tmp_path, ranks=1, launcher=()):
+    """The script with `patch`, a line of Python, in a process of its own or by torchrun."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER.format(root=str(ROOT), script=script, patch=patch))
+    return run_script(driver, *command_line(flags), ranks=ranks, launcher=launcher)
+
+
+@pytest.mark.parametrize("number, ranks", [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_a_signal_saves_and_leaves(number, ranks, whole, settings, tmp_path):
+    flags = settings("train_dvpo", tmp_path / "run")
+    patch = f"at_update(5, lambda: rank == {ranks - 1} and os.kill(os.getpid(), {int(number)}))"
+    result = launch("train_dvpo", flags, patch, tmp_path, ranks=ranks)
+    assert f"stopped by {number.name} after update 5: --resume goes on" in result.stdout
+    assert "Traceback" not in ours(result)
+    if ranks == 1:
+        assert result.returncode == 128 + number and result.stderr == ""
+        train("train_dvpo", flags, resume=())
+        assert_identical(whole("train_dvpo"), tmp_path / "run")
+
+
+def test_kill_9_and_resume(whole, settings, tmp_path):
+    flags = settings("train_dvpo", tmp_path / "run")
+    result = launch("train_dvpo", flags, "kill_at(6)", tmp_path)
+    assert result.returncode == -signal.SIGKILL and len(read_metrics(tmp_path / "run")) == 5
+    result = run_script("train_dvpo.py", *command_line(flags), "--resume")
+    assert result.returncode == 0, result.stderr
+    assert_identical(whole("train_dvpo"), tmp_path / "run")
+
+
+def test_kill_9_during_a_save(whole, settings, tmp_path):
+    """Tensors are written, the manifest is not: the checkpoint before is used."""
+    flags = settings("train_dvpo", tmp_path / "run")
+    patch = (
+        "original = common.sha256\n"
+        "def sha256(file):\n"
+        "    if 'step_000003' in os.listdir(file.parents[1]):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return original(file)\n"
+        "common.sha256 = sha256"
+    )
+    launch("train_dvpo", flags, patch, tmp_path)
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == [".unfinished", "step_000003"]
+    train("train_dvpo", flags, resume=())
+    assert_identical(whole("train_dvpo"), tmp_path / "run")
+    assert not (tmp_path / "run/checkpoints/.unfinished").exists()
+
+
+def test_torchrun_restarts_and_the_run_goes_on(settings, tmp_path):
+    """One of two ranks is killed: `--max-restarts` is all it takes."""
+    restarted = launch("train_dvpo", settings("train_dvpo", tmp_path / "a"), "kill_at(5, of_rank=1)", tmp_path, ranks=2,
+                       launcher=["--max-restarts", "1"])  # fmt: skip
+    assert restarted.returncode == 0, restarted.stderr[-2000:]
+    assert "going on from" in restarted.stdout
+    whole = run_script("train_dvpo.py", *command_line(settings("train_dvpo", tmp_path / "b")), ranks=2)
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    assert_identical(tmp_path / "a", tmp_path / "b")
+
+
+# ---- Damaged checkpoints and full disks ------------------------------------------------------------------------------
+@pytest.fixture
+def stopped(settings, tmp_path, monkeypatch):
+    """Flags and folder of a run that stopped after its seventh update, with checkpoints of the third and sixth."""
+    flags = settings("train_dvpo", tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt(patch, "log", 7, after=True)
+        train("train_dvpo", flags)
+    return flags, tmp_path / "run"
+
+
+def flip_a_byte(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-64])
+
+
+DAMAGES = {
+    "a flipped bit in the tensors": lambda c: flip_a_byte(c / "__0_0.distcp"),
+    "truncated tensors": lambda c: truncate(c / "__0_0.distcp"),
+    "no tensors": lambda c: (c / "__0_0.distcp").unlink(),
+    "a flipped bit in the metadata": lambda c: flip_a_byte(c / ".metadata"),
+    "other progress": lambda c: (c / "state.json").write_text((c / "state.json").read_text().replace("6,", "5,", 1)),
+    "no manifest": lambda c: (c / "manifest.json").unlink(),
+    "a manifest that is no JSON": lambda c: (c / "manifest.json").write_text("{"),
+    "a manifest of nothing": lambda c: (c / "manifest.json").write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(damage, stopped, whole, capsys):
+    flags, folder = stopped
+    DAMAGES[damage](folder / "checkpoints" / "step_000006")
+    train("train_dvpo", flags, resume=())
+    printed = capsys.readouterr().out
+    assert "step_000006: " in printed and "trying the one before" in printed and "step_000003" in printed
+    assert_identical(whole("train_dvpo"), folder)
+
+
+def test_no_checkpoint_is_whole(stopped):
+    flags, folder = stopped
+    for checkpoint in (folder / "checkpoints").glob("step_*"):
+        truncate(checkpoint / "__0_0.distcp")
+    with pytest.raises(common.UserError, match="none of its checkpoints can be used; --overwrite"):
+        train("train_dvpo", flags, resume=())
+    with pytest.raises(common.UserError, match="--resume .*step_000006: __0_0.distcp is not what was written"):
+        train("train_dvpo", flags, resume=(str(folder / "checkpoints" / "step_000006"),))
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(stopped, whole, monkeypatch):
+    """Files larger than 20 kB cannot be written while the next checkpoint is saved."""
+    flags, folder = stopped
+    save = common.Run.save_checkpoint
+
+    def on_a_full_disk(*args):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        try:
+            save(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "save_checkpoint", on_a_full_disk)
+        with pytest.raises(common.RunError, match="step_000008: cannot be written .*GB are free there.*one before"):
+            train("train_dvpo", flags, resume=())
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_000003", "step_000006"]
+    train("train_dvpo", flags, resume=())
+    assert_identical(whole("train_dvpo"), folder)
+
+
+# ---- Guards ----------------------------------------------------------------------------------------------------------
+def test_a_finished_run_is_not_overwritten(settings, tmp_path, capsys):
+    flags = settings("sft", tmp_path / "run")
+    train("sft", flags)
+    before = (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(common.UserError, match="holds a finished run or a model: choose another --output-dir, or"):
+        train("sft", flags)
+    train("sft", flags, resume=())
+    assert "is finished already" in capsys.readouterr().out
+    with pytest.raises(common.UserError, match="cannot go on with other settings: --learning-rate was 0.0015, now 0.1"):
+        train("sft", flags, resume=(), learning_rate=0.1)
+    assert (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns == before
+    train("sft", flags, overwrite=True, seed=2)
+    assert (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns > before
+    assert len(read_metrics(tmp_path / "run")) == 8
+
+
+def test_a_model_that_stands_in_the_folder_is_safe(settings, tiny_model):
+    with pytest.raises(common.UserError, match="holds a finished run or a model"):
+        train("sft", settings("sft", tiny_model))
+    with pytest.raises(common.UserError, match="args.json: cannot be read"):
+        train("sft", settings("sft", tiny_model), resume=())
+
+
+def test_other_settings_are_refused_with_the_differences(stopped):
+    flags, _ = stopped
+    with pytest.raises(common.UserError, match="--kl-coef was 0.05, now 0.3; --seed was 1, now 2"):
+        train("train_dvpo", flags, resume=(), seed=2, kl_coef=0.3)
+
+
+def test_other_data_are_refused(stopped, pairs, tmp_path):
+    flags, _ = stopped
+    before = open(pairs).read()
+    open(pairs, "w").write("".join(before.splitlines(keepends=True)[5:]))
+    try:
+        with pytest.raises(common.UserError, match="pairs.jsonl has changed since"):
+            train("train_dvpo", flags, resume=())
+    finally:
+        open(pairs, "w").write(before)
+
+
+def test_an_unfinished_run_is_not_started_again_by_chance(stopped):
+    flags, _ = stopped
+    with pytest.raises(common.UserError, match="holds an unfinished run: --resume or --overwrite it"):
+        train("train_dvpo", flags)
+    with pytest.raises(common.UserError, match="--resume goes on, --overwrite starts again: choose one"):
+        train("train_dvpo", flags, resume=(), overwrite=True)
+
+
+def test_a_foreign_checkpoint(stopped, settings, tmp_path):
+    _, folder = stopped
+    with pytest.raises(common.UserError, match="made by train_dvpo.py, not by sft.py"):
+        train("sft", settings("sft", tmp_path / "sft"), resume=(str(folder / "checkpoints" / "step_000006"),))
+    with pytest.raises(common.UserError, match="nowhere: manifest.json cannot be read"):
+        train("sft", settings("sft", tmp_path / "sft"), resume=("./nowhere",))
+    assert not (tmp_path / "sft").exists()
+
+
+def test_two_runs_in_one_folder(settings, tmp_path):
+    flags = settings("train_dvpo", tmp_path / "run")
+    first = subprocess.Popen([sys.executable, "-c", f"import fcntl, os, time; os.makedirs({str(tmp_path / 'run')!r});"
+                              f"f = open({str(tmp_path / 'run' / '.lock')!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX);"
+                              "print('locked', flush=True); time.sleep(100)"], stdout=subprocess.PIPE)  # fmt: skip
+    first.stdout.readline()
+    try:
+        with pytest.raises(common.UserError, match="is in use by another run: choose another --output-dir"):
+            train("train_dvpo", flags)
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    finally:
+        first.kill()
+        first.wait()
+    train("train_dvpo", flags)  # a killed run holds no lock
+
+
+def test_versions_are_recorded(stopped, monkeypatch, capsys):
+    flags, folder = stopped
+    state = json.loads((folder / "checkpoints" / "step_000006" / "state.json").read_text())
+    assert state["versions"]["torch"] == torch.__version__
+    monkeypatch.setattr(common, "versions", lambda: {"torch": "3.0"})
+    train("train_dvpo", flags, resume=())
+    assert "now {'torch': '3.0'}: results may differ" in capsys.readouterr().out
+    assert "torch 3.0" in (folder / "README.md").read_text()
+
+
+# ---- Numbers ---------------------------------------------------------------------------------------------------------
+def poisoned(monkeypatch, module, name, at, row):
+    """Let the `at`-th result of a function of log-probs, values or losses be NaN in one row."""
+    original, calls = getattr(module, name), []
+
+    def function(*args, **kwargs):
+        calls.append(1)
+        result = original(*args, **kwargs)
+        first = result[0] if isinstance(result, tuple) else result
+        if len(calls) == at:
+            first = first.clone()
+            first[row] = first[row] * torch.nan
+        return (first, *result[1:]) if isinstance(result, tuple) else first
+
+    function.__name__ = name  # by which it becomes a method of the model
+    monkeypatch.setattr(module, name, function)
+
+
+@pytest.mark.parametrize(
+    "script, name, at, message",
+    [
+        ("sft", "token_logprobs", 7, "update 5: the loss or its gradient is not finite \\(rank 0, rows \\d+\\)"),
+        # One call held out after a quarter of the updates and one after half of them.
+        ("train_gvm", "token_values", 7, "update 5: the loss or its gradient is not finite \\(rank 0, rows \\d+\\)"),
+        # Per update: old and reference log-probs, then four steps.
+        ("train_dvpo", "token_logprobs", 25, "update 5: log-probs or values are not finite \\(rank 0, rows 2\\)"),
+        ("train_dvpo", "token_logprobs", 28, "update 5: the loss or its gradient is not finite \\(rank 0, rows"),
+        ("train_dvpo", "token_values", 5, "update 5: log-probs or values are not finite \\(rank 0, rows 2\\)"),
+        ("train_ppo_baseline", "bradley_terry_loss", 5, "update 5: the loss or its gradient is not finite \\(rank 0, "),
+    ],
+)
+def test_what_is_not_finite_is_caught_before_the_step(script, name, at, message, settings, tmp_path, monkeypatch):
+    flags = settings(script, tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(common.RunError, match=message):
+        poisoned(patch, MODULES[script], name, at, 2)
+        train(script, flags)
+    folder = tmp_path / ("run_rm" if script == "train_ppo_baseline" else "run")
+    assert len(read_metrics(folder)) == 4
+    train(script, flags, resume=())  # the last checkpoint is good
+    assert len(read_metrics(folder)) == 8
+
+
+def test_a_gradient_that_is_not_finite(settings, tmp_path, monkeypatch):
+    """Finite losses, infinite gradient: it is seen in the norm."""
+    loss = train_dvpo.ppo_clip_loss
+
+    def steep(new_logprobs, *rest):
+        value, sums = loss(new_logprobs, *rest)
+        zero = (new_logprobs - new_logprobs.detach()).sum()
+        return value + torch.sqrt(zero.abs()), sums  # the slope of a root at 0
+
+    monkeypatch.setattr(train_dvpo, "ppo_clip_loss", steep)
+    with pytest.raises(common.RunError, match="update 1: .*from the backward pass on"):
+        train("train_dvpo", settings("train_dvpo", tmp_path / "run"))
+
+
+@pytest.mark.parametrize("script", ["train_dvpo", "train_ppo_baseline"])
+def test_a_collapsed_policy_stops_the_run(script, settings, tmp_path):
+    flags = settings(script, tmp_path / "run", learning_rate=0.05, kl_coef=0.0, kl_target=None, max_kl=0.5)
+    with pytest.raises(common.RunError, match=r"update \d: .* nats per answer to the reference, above --max-kl"):
+        train(script, flags)
+    train(script, flags, resume=(), max_kl=1e9)  # it may be told to go on
+    assert len(read_metrics(tmp_path / "run")) == 8
+
+
+@pytest.mark.parametrize(
+    "function, says",
+    [("generate", "out of memory while sampling: lower --rollout-micro-batch-size"),
+     ("ppo_clip_loss", "out of memory while computing a batch: lower --micro-batch-size"),
+     ("shard", "out of memory while loading the models: use more processes")],
+)  # fmt: skip
+def test_out_of_memory_says_what_to_lower(function, says, settings, tmp_path, monkeypatch, capsys):
+    def greedy(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
+
+    greedy.__code__ = greedy.__code__.replace(co_name=function)
+    monkeypatch.setattr(train_dvpo, function, greedy)
+    with pytest.raises(SystemExit) as left, common.one_line_errors():
+        train("train_dvpo", settings("train_dvpo", tmp_path / "run"))
+    assert left.value.code == 1 and capsys.readouterr().err.startswith(f"error: {says}")
+
+
+def test_the_first_updates_are_the_widest(settings, tmp_path, monkeypatch):
+    """So that memory runs out at once or never."""
+    for script, name in (("sft", "token_logprobs"), ("train_gvm", "token_values"), ("train_dvpo", "token_logprobs")):
+        function, widths = getattr(MODULES[script], name), []
+
+        def noted(model, input_ids, *rest, function=function, widths=widths, **kwargs):
+            rest = kwargs or dict(zip(("attention_mask", "response_mask"), rest))
+            widths.append((input_ids.shape[1], rest["response_mask"].shape[1], torch.is_grad_enabled()))
+            return function(model, input_ids, **kwargs) if kwargs else function(model, input_ids, *rest.values(), 1.0)
+
+        with monkeypatch.context() as patch:
+            noted.__name__ = name
+            patch.setattr(MODULES[script], name, noted)
+            small = {"rollout_batch_size": 1, "num_minibatches": 1} if script == "train_dvpo" else {"batch_size": 2}
+            train(script, settings(script, tmp_path / script, **small))
+        trained = [width[:2] for width in widths if width[2]]
+        assert trained[0] == trained[1] and all(trained[0] >= width for width in trained)
+        assert any(trained[0] > width for width in trained[2:]), (script, trained)
+
+
+# ---- Several processes -----------------------------------------------------------------------------------------------
+def errors(result) -> list[str]:
+    return [line for line in result.stderr.splitlines() if line.startswith("error:")]
+
+
+def test_a_lost_process_is_reported_once(settings, tmp_path):
+    start = time.monotonic()
+    result = launch("train_dvpo", settings("train_dvpo", tmp_path / "run"), "kill_at(5, of_rank=1)", tmp_path, ranks=2)
+    assert result.returncode != 0 and time.monotonic() - start < 60
+    assert len(errors(result)) == 1 and errors(result)[0].startswith("error: lost another process, killed perhaps")
+    assert "Traceback" not in ours(result)
+
+
+def test_the_first_error_is_the_one_that_is_told(settings, tmp_path):
+    """Rank 1 alone has a bad row; rank 0 only notices that it is gone."""
+    patch = "at_update(5, lambda: rank == 1 and fail(common.RunError('row 3 is bad')))"
+    result = launch("train_dvpo", settings("train_dvpo", tmp_path / "run"), patch, tmp_path, ranks=2)
+    assert result.returncode != 0 and errors(result) == ["error: row 3 is bad"]
+
+
+def test_numbers_of_one_rank_stop_all_alike(settings, tmp_path):
+    patch = (
+        "original = train_dvpo.token_values\n"
+        "train_dvpo.token_values = lambda *a, **k: original(*a, **k) * (float('nan') if rank == 1 else 1.0)\n"
+        "train_dvpo.token_values.__name__ = 'token_values'"
+    )
+    result = launch("train_dvpo", settings("train_dvpo", tmp_path / "run"), patch, tmp_path, ranks=2)
+    assert len(errors(result)) == 1
+    assert "update 1: log-probs or values are not finite (rank 1, rows 4, 5, 6, 7)" in errors(result)[0]
+
+
+def test_a_bug_shows_its_traceback_once(settings, tmp_path):
+    patch = "at_update(2, lambda: fail(KeyError('bug')))"
+    result = launch("train_dvpo", settings("train_dvpo", tmp_path / "run"), patch, tmp_path, ranks=2)
+    assert result.stderr.count("KeyError: 'bug'") == 1 and not errors(result)
+
+
+def test_two_machines(settings, tmp_path):
+    """Two torchrun agents on loopback, hybrid sharding, one folder."""
+    flags = settings("train_dvpo", tmp_path / "run", dp_replicate=2, num_updates=3)
+    port = str(20_000 + os.getpid() % 20_000)
+    agents = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(i),
+             "--nproc_per_node", "1",
+             "--master_addr", "127.0.0.1", "--master_port", port, str(ROOT / "train_dvpo.py"),
+             *map(str, command_line(flags))],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in (0, 1)
+    ]  # fmt: skip
+    outputs = [agent.communicate(timeout=200) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert len(read_metrics(tmp_path / "run")) == 3
