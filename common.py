@@ -11,6 +11,7 @@ import fcntl
 import gzip
 import hashlib
 import json
+import logging
 import math
 import os
 import random
@@ -75,7 +76,8 @@ def one_line_errors():
     except Exception as error:
         message = explain(error)
         if first_to_fail():
-            print(f"error: {' '.join(message.split())}" if message else traceback.format_exc(), file=sys.stderr)
+            line = f"error: {printable(' '.join(message.split()))}" if message else traceback.format_exc()
+            print(line, file=sys.stderr)
         sys.stdout.flush()
         sys.exit(2 if isinstance(error, UserError) else 1)
 
@@ -128,13 +130,18 @@ def init_processes() -> torch.device:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     global _store
+    _store = None
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:  # torchrun, or a scheduler that does as it does
         missing = ", ".join(name for name in names if name not in os.environ)
         check(not missing, f"environment: of {', '.join(names)} only some are set, {missing} not: start with torchrun")
         numbers = [os.environ[name] for name in names if name != "MASTER_ADDR"]
         check(all(x.isdigit() for x in numbers) and int(numbers[0]) < int(numbers[1]),
               "environment: RANK, WORLD_SIZE and MASTER_PORT must be numbers, RANK below WORLD_SIZE")  # fmt: skip
-        _store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        try:
+            _store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        except dist.DistError as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise UserError(f"environment: the processes cannot meet at {where} ({error})") from error
     else:
         _store, rank, world_size = dist.HashStore(), 0, 1
     dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size, timeout=TIMEOUT)
@@ -148,9 +155,14 @@ def end_processes() -> None:
 
 
 def log(message: str) -> None:
-    """Print on rank 0."""
+    """Print on rank 0; what a terminal would obey, in a model's or a dataset's text, is shown instead."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(message, flush=True)
+        print(printable(message, keep="\n"), flush=True)
+
+
+def printable(text: str, keep: str = "") -> str:
+    """`text` with control characters, but for those in `keep`, written out."""
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
@@ -213,7 +225,15 @@ def check_positive(args, *names: str) -> None:
     """Raise `UserError` for a setting that is not above zero."""
     for name in names:
         value = getattr(args, name)
-        check(value > 0, f"--{name.replace('_', '-')} {value} must be above 0")
+        check(value is None or 0 < value < math.inf, f"--{name.replace('_', '-')} {value} must be above 0")
+
+
+def check_between(low: float, high: float, args, *names: str) -> None:
+    """Raise `UserError` for a setting that is below `low` or above `high`, or no number."""
+    for name in names:
+        value = getattr(args, name)
+        bound = f"from {low:g} to {high:g}" if high < math.inf else f"at least {low:g}"
+        check(low <= value <= high and value < math.inf, f"--{name.replace('_', '-')} {value} must be {bound}")
 
 
 def check_divides(divisor: int, name: str, value: int) -> None:
@@ -598,6 +618,7 @@ def read_rows(dataset: str, splits: tuple[str, ...]):
     import datasets  # takes a second to import and the embedded task needs none of it
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said below, once
     try:
         if file.is_file():
             data = datasets.load_dataset("parquet", data_files=str(file), split="train")
@@ -660,7 +681,7 @@ def load_examples(dataset: str, needs: str, heldout_fraction: float = 0.05) -> t
                 check_example(example, needs)
             examples += fresh
         except Drop as reason:
-            if needs == "prompts" and "prompt" in columns and isinstance(row.get("prompt"), str):
+            if needs == "prompts" and isinstance(row.get("prompt"), str) and row["prompt"].strip():
                 examples.append(Example(to_messages(row["prompt"])))  # bad answers do not spoil a prompt
             else:
                 dropped[str(reason)] += 1
@@ -984,7 +1005,11 @@ class Run:
         self.tracker, self.close_tracker = None, lambda: None
         self.writes = dist.get_rank() == 0
         self.source = None  # the checkpoint to go on from
-        check_positive(args, "checkpoint_every")
+        check_positive(args, "checkpoint_every", "micro_batch_size", "max_prompt_length", "response_length",
+                       "max_grad_norm", "dp_replicate")  # fmt: skip
+        check_between(0, 2**31, args, "seed")
+        check_between(0, math.inf, args, "learning_rate")
+        check(args.output_dir.strip(), "--output-dir is empty")
         check(args.resume is None or not args.overwrite, "--resume goes on, --overwrite starts again: choose one")
         check(args.resume is None or len(args.resume) < 2, "--resume takes one checkpoint at most")
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts

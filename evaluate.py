@@ -380,6 +380,9 @@ def main(args: Args) -> None:
     common.check_positive(
         args, "num_prompts", "samples_per_prompt", "micro_batch_size", "response_length", "temperature"
     )
+    common.check_positive(args, "max_prompt_length")
+    common.check_between(0, 2**31, args, "seed")
+    common.check(args.policies, "name at least one policy, as in dvpo=runs/dvpo")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for policy in args.policies:
         common.check("=" in policy, f"{policy!r}: expected NAME=PATH, as in dvpo=runs/dvpo")
@@ -388,6 +391,8 @@ def main(args: Args) -> None:
 
     # ---- 2 Data: held-out prompts, each several times ----------------------------------------------------------------
     tokenizer = common.load_tokenizer(args.reference_path)
+    for path in paths.values():
+        common.check_same_tokenizer(args.reference_path, tokenizer, path, common.load_tokenizer(path))
     train, heldout = common.load_examples(args.dataset, needs="prompts")
     heldout = train + heldout if ":" in args.dataset else heldout
     common.check(
@@ -424,7 +429,6 @@ def main(args: Args) -> None:
     samples = [["prompt", *paths], *([q] for q in questions[:: args.samples_per_prompt][:10])]
     baseline = None
     for name, path in paths.items():
-        common.check_same_tokenizer(args.reference_path, tokenizer, path, common.load_tokenizer(path))
         policy = frozen(common.load_policy(path, tokenizer, dtype))
         policy = add_methods(policy, token_logprobs, next_token_logits)
         answers = sample(policy, reference, gvm, repeated, end_ids, tokenizer.pad_token_id, device, args)

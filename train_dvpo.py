@@ -15,6 +15,7 @@ In: an SFT checkpoint, a GVM (`train_gvm.py`), prompts. Out: `--output-dir`, a c
 Shapes: B sequences, P prompt tokens (left-padded), R response tokens, T = P + R, V vocabulary, H hidden, N tokens.
 """
 
+import math
 import random
 import types
 from dataclasses import dataclass
@@ -315,14 +316,16 @@ def main(args: Args) -> None:
     device = common.init_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dtype = common.compute_dtype(args.dtype, device)
-    common.check_positive(args, "rollout_batch_size", "micro_batch_size", "num_minibatches", "num_epochs")
-    common.check_positive(args, "num_updates", "response_length", "temperature", "max_kl", "sample_every")
+    run = common.Run(args, __file__)
+    common.check_positive(args, "rollout_batch_size", "rollout_micro_batch_size", "num_minibatches", "num_epochs")
+    common.check_positive(args, "num_updates", "temperature", "clip_coef", "max_kl", "kl_target", "sample_every")
+    common.check_between(0, 1, args, "gamma", "gae_lambda")
+    common.check_between(0, math.inf, args, "kl_coef")
     common.check_divides(args.num_minibatches * world_size, "--rollout-batch-size", args.rollout_batch_size)
     common.check_divides(args.dp_replicate, "the number of processes,", world_size)
     mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
                             mesh_dim_names=("replicate", "shard"))  # fmt: skip
     mesh = mesh if args.dp_replicate > 1 else mesh["shard"]
-    run = common.Run(args, __file__)
     if run.finished:
         return common.end_processes()
 

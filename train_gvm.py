@@ -15,6 +15,7 @@ In: an SFT checkpoint and preference pairs or scored answers. Out: `--output-dir
 Shapes: B sequences, P prompt tokens (left-padded, context included), R response tokens.
 """
 
+import math
 import random
 import types
 from collections import Counter
@@ -226,14 +227,15 @@ def main(args: Args) -> None:
     device = common.init_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dtype = common.compute_dtype(args.dtype, device)
-    common.check_positive(args, "batch_size", "micro_batch_size", "num_epochs", "response_length")
-    common.check(args.num_examples is None or args.num_examples > 0, "--num-examples must be above 0")
+    run = common.Run(args, __file__)
+    common.check_positive(args, "batch_size", "num_epochs", "num_examples", "context_trajectory_length")
+    common.check_between(0, 1, args, "warmup_fraction", "gamma", "td_lambda")
+    common.check_between(0, math.inf, args, "bt_coef", "num_context_trajectories")
     common.check_divides(2 * world_size, "--batch-size", args.batch_size)  # the two answers of a pair stay together
     common.check_divides(args.dp_replicate, "the number of processes,", world_size)
     mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
                             mesh_dim_names=("replicate", "shard"))  # fmt: skip
     mesh = mesh if args.dp_replicate > 1 else mesh["shard"]
-    run = common.Run(args, __file__)
     if run.finished:
         return common.end_processes()
 

@@ -21,6 +21,7 @@ Shapes: B sequences, P prompt tokens (left-padded), R response tokens, T = P + R
 """
 
 import gc
+import math
 import types
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -438,11 +439,15 @@ def main(args: Args) -> None:
     device = common.init_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dtype = common.compute_dtype(args.dtype, device)
-    common.check_positive(args, "rollout_batch_size", "micro_batch_size", "num_minibatches", "num_epochs")
-    common.check_positive(
-        args, "num_updates", "response_length", "temperature", "max_kl", "sample_every", "value_clip_coef"
-    )
+    run = common.Run(args, __file__)
+    common.check_positive(args, "rollout_batch_size", "rollout_micro_batch_size", "num_minibatches", "num_epochs")
+    common.check_positive(args, "num_updates", "temperature", "clip_coef", "max_kl", "kl_target", "sample_every")
+    common.check_between(0, 1, args, "gamma", "gae_lambda")
+    common.check_between(0, math.inf, args, "kl_coef")
     common.check_positive(args, "value_clip_coef", "reward_num_epochs", "reward_batch_size")
+    common.check_between(0, 1, args, "reward_warmup_fraction")
+    common.check_between(0, math.inf, args, "critic_learning_rate", "reward_learning_rate", "reward_center_coef",
+                         "missing_eos_penalty")  # fmt: skip
     common.check_divides(args.num_minibatches * world_size, "--rollout-batch-size", args.rollout_batch_size)
     # The two answers of a pair stay together.
     common.check_divides(2 * world_size, "--reward-batch-size", args.reward_batch_size)
@@ -450,7 +455,6 @@ def main(args: Args) -> None:
     mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
                             mesh_dim_names=("replicate", "shard"))  # fmt: skip
     mesh = mesh if args.dp_replicate > 1 else mesh["shard"]
-    run = common.Run(args, __file__)
     if run.finished:
         return common.end_processes()
 
@@ -488,10 +492,8 @@ def main(args: Args) -> None:
     scheduler = get_linear_schedule_with_warmup(optimizer, 0, args.num_updates)
     critic_scheduler = get_linear_schedule_with_warmup(critic_optimizer, 0, args.num_updates)
 
-    trained, data = (
-        [(policy, optimizer, scheduler), (critic, critic_optimizer, critic_scheduler)],
-        common.fingerprint(all_prompts),
-    )
+    trained = [(policy, optimizer, scheduler), (critic, critic_optimizer, critic_scheduler)]
+    data = common.fingerprint(all_prompts)
     done, kl_coef, usual_surprise, warned = run.start(trained, args.num_updates, data, 0, args.kl_coef, None, False)
     B, longest_prompt = args.rollout_batch_size, max(map(len, all_prompts))
     mine = torch.arange(B).chunk(world_size)[rank]  # the rows this rank rolls out and scores

@@ -1,9 +1,17 @@
 """A user's mistake gives one line and exit code 2, before anything is written."""
 
+import gzip
 import json
+import os
+import random
+import re
+import shutil
+import socket
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import run_script
 
 import common
@@ -14,194 +22,433 @@ import train_gvm
 import train_ppo_baseline
 
 PAIR = {"prompt": "list two animals", "chosen": "dog and cow.", "rejected": "dog."}
+RATED = {"instruction": "a", "completions": [{"response": "b", "overall_score": "7"}]}
+USER, ASSISTANT, OTHER = ({"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("assistant", "c")))
 
 
 @pytest.fixture
-def make(tmp_path, tiny_model):
-    """make(rows) writes a dataset and returns its path; a string is written as it is."""
+def fails(tmp_path, capsys, monkeypatch):
+    """fails(module, message, **settings): one line with `message`, exit code 2, and nothing written."""
+    out = tmp_path / "out"
+
+    def run(module, message, **settings):
+        paths = {"output_dir": str(out)}
+        if module is train_ppo_baseline:
+            paths["reward_output_dir"] = str(out)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left, common.one_line_errors():
+            module.main(module.Args(**{**paths, **settings}))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        errors = capsys.readouterr().err.splitlines()
+        assert left.value.code == 2 and len(errors) == 1, errors
+        assert re.search(message, errors[0]) and errors[0].startswith("error: "), errors[0]
+        assert not out.exists()
+
+    return run
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make(rows) writes a dataset and returns its path; bytes and strings are written as they are."""
 
     def write(rows, name="data.jsonl"):
         path = tmp_path / name
-        path.write_text(rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows))
+        if not isinstance(rows, (bytes, str)):
+            rows = "".join(json.dumps(row) + "\n" for row in rows)
+        path.write_bytes(rows if isinstance(rows, bytes) else rows.encode())
         return str(path)
 
     return write
 
 
-def fails(main, args, message, tmp_path):
-    with pytest.raises(common.UserError, match=message):
-        main(args)
-    assert not (tmp_path / "out").exists()  # nothing half-written
-
-
+# ---- Datasets: every shape, with each kind of damage -----------------------------------------------------------------
 DATASETS = [
-    ("misnamed column", [{"prompt": "a", "good": "b", "bad": "c"}], "columns .*good, bad.* fit none of"),
+    ("misnamed columns", [{"prompt": "a", "good": "b", "bad": "c"}], "columns .*good, bad.* fit none of"),
     ("no rejected", [{"prompt": "a", "chosen": "b"}], "columns .*prompt, chosen.* fit none of"),
+    ("prompts alone", [{"prompt": "a"}], "columns .*prompt.* fit none of"),
+    ("no columns", [{}], "its columns .* fit none of"),
     ("empty file", "", "no rows"),
-    ("empty answers", [{**PAIR, "chosen": " "}], "no row can be used here: 1 x empty answer"),
+    ("blank lines", "\n\n", "no rows"),
+    ("empty chosen", [{**PAIR, "chosen": " "}], "no row can be used here: 1 x empty answer"),
+    ("empty rejected", [{**PAIR, "rejected": ""}], "1 x empty answer"),
+    ("empty prompt", [{**PAIR, "prompt": "  "}], "1 x empty prompt"),
     ("identical answers", [{**PAIR, "rejected": PAIR["chosen"]}], "1 x chosen and rejected are identical"),
-    ("null everywhere", [{"prompt": None, "chosen": None, "rejected": None}], "no row can be used"),
+    ("nulls", [{"prompt": None, "chosen": None, "rejected": None}], "no row can be used"),
+    ("a null answer", [{**PAIR, "rejected": None}], "1 x malformed row|1 x no rejected"),
+    ("numbers for answers", [{**PAIR, "chosen": 1, "rejected": 2}], "no row can be used"),
+    ("lists of numbers", [{**PAIR, "chosen": [1], "rejected": [2]}], "1 x a message without a role"),
     ("strings without prompt", [{"chosen": "b", "rejected": "c"}], "neither a column 'prompt' nor a conversation"),
+    ("messages without role", [{**PAIR, "prompt": [{"content": "a"}]}], "1 x a message without a role"),
+    ("messages of parts", [{**PAIR, "prompt": [{**USER, "content": [{"text": "a"}]}]}], "1 x a message without a role"),
+    ("no messages", [{"chosen": [], "rejected": []}], "1 x no prompt"),
+    ("answers by the user", [{"chosen": [USER], "rejected": [USER]}], "1 x the last message is not the assistant's"),
+    ("answers without question", [{"chosen": [ASSISTANT], "rejected": [OTHER]}], "1 x no prompt"),
+    ("two assistants in a row", [{"chosen": [USER, ASSISTANT, ASSISTANT], "rejected": [USER, ASSISTANT, OTHER]}],
+     "1 x the prompt ends with the assistant"),
+    ("different prompts", [{"chosen": [USER, ASSISTANT], "rejected": [{**USER, "content": "c"}, ASSISTANT]}],
+     "1 x chosen and rejected answer different prompts"),
+    ("transcript without answer", [{"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a"}], "1 x the last message is"),
+    ("one completion", [RATED], "1 x fewer than two completions of different score"),
+    ("completions without rating", [{**RATED, "completions": [{"response": "b"}] * 2}], "1 x malformed row"),
+    ("completions that are no list", [{**RATED, "completions": 3}], "1 x malformed row"),
+    ("equal ratings", [{**RATED, "completions": RATED["completions"] * 2}], "1 x fewer than two completions"),
     ("malformed JSON", json.dumps(PAIR) + "\n{oops\n", "line 2: malformed JSON"),
     ("rows that are lists", "[1, 2]\n", "rows must be JSON objects"),
-    ("messages without role", [{**PAIR, "prompt": [{"content": "a"}]}], "1 x a message without a role"),
-    (
-        "prompts too long",
-        [{**PAIR, "prompt": "list two animals " * 200}],
-        "1 prompts longer than --max-prompt-length 512",
-    ),
-]
+    ("rows that are numbers", "7\n", "rows must be JSON objects"),
+    ("not UTF-8", b"\xff\xfe{}\n", "data.jsonl: cannot be read"),
+    ("binary", bytes(range(256)), "data.jsonl: cannot be read"),
+    ("prompts too long", [{**PAIR, "prompt": "list two animals " * 200}],
+     "no prompt is left: 1 prompts longer than --max-prompt-length 512"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, rows, message", DATASETS, ids=[name for name, *_ in DATASETS])
-def test_bad_datasets(name, rows, message, make, tiny_model, tmp_path):
-    fails(train_gvm.main, train_gvm.Args(tiny_model, make(rows), str(tmp_path / "out")), message, tmp_path)
+def test_bad_datasets(name, rows, message, make, fails, tiny_model):
+    fails(train_gvm, message, model_path=tiny_model, dataset=make(rows))
 
 
-def test_malformed_json_document(make, tiny_model, tmp_path):
-    path = make('[{"prompt": "a"},\n oops]', "data.json")
-    fails(sft.main, sft.Args(tiny_model, path, str(tmp_path / "out")), "line 2: malformed JSON", tmp_path)
+FILES = [
+    ("malformed JSON document", "data.json", '[{"prompt": "a"},\n oops]', "line 2: malformed JSON"),
+    ("a JSON object", "data.json", '{"prompt": "a"}', "rows must be JSON objects"),
+    ("no gzip", "data.jsonl.gz", "plain text", "data.jsonl.gz: cannot be read"),
+    ("half a gzip", "data.jsonl.gz", gzip.compress(json.dumps(PAIR).encode() * 99)[:-9], "cannot be read"),
+    ("no parquet", "data.parquet", "plain text", "neither readable here nor on the hub"),
+    ("an unknown ending", "data.csv", "a,b\n", "expected .jsonl, .json or .parquet"),
+    ("an unknown ending, compressed", "data.txt.gz", "a", "expected .jsonl, .json or .parquet"),
+]
 
 
-@pytest.mark.parametrize("path", ["./nowhere.jsonl", "/nowhere/at/all", "data.csv"])
-def test_missing_or_unknown_files(path, tiny_model, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data.csv").write_text("a,b\n")
-    message = "no such file or folder|expected .jsonl"
-    fails(sft.main, sft.Args(tiny_model, path, str(tmp_path / "out")), message, tmp_path)
-
-
-def test_unknown_split(tiny_model, tmp_path):
-    import datasets
-
-    datasets.DatasetDict({"train": datasets.Dataset.from_list([PAIR])}).save_to_disk(tmp_path / "data")
-    args = sft.Args(tiny_model, f"{tmp_path / 'data'}:validation", str(tmp_path / "out"))
-    fails(sft.main, args, "no split 'validation'; there are train", tmp_path)
-
-
-def test_scores_are_missing(make, tiny_model, tmp_path):
-    args = train_gvm.Args(tiny_model, make([PAIR]), str(tmp_path / "out"), label_source="score")
-    fails(train_gvm.main, args, "1 x no score", tmp_path)
-
-
-def test_all_scores_equal(make, tiny_model, tmp_path):
-    rows = [{"prompt": f"list {n} animals", "response": "dog.", "score": 1} for n in ("two", "three", "four")]
-    args = train_gvm.Args(tiny_model, make(rows), str(tmp_path / "out"), label_source="score")
-    fails(train_gvm.main, args, "all scores in .* equal 1", tmp_path)
-
-
-def test_context_without_policy_columns(make, tiny_model, tmp_path):
-    args = train_gvm.Args(tiny_model, make([PAIR]), str(tmp_path / "out"), num_context_trajectories=3)
-    fails(train_gvm.main, args, "lacks the columns chosen_policy and rejected_policy", tmp_path)
+@pytest.mark.parametrize("name, file, content, message", FILES, ids=[name for name, *_ in FILES])
+def test_bad_files(name, file, content, message, make, fails, tiny_model):
+    fails(sft, message, model_path=tiny_model, dataset=make(content, file))
 
 
 @pytest.mark.parametrize(
+    "dataset, message",
+    [
+        ("./nowhere.jsonl", "no such file or folder"),
+        ("/nowhere/at/all", "no such file or folder"),
+        ("~/nowhere.parquet", "no such file or folder"),
+        ("no-such-owner/no-such-dataset", "neither readable here nor on the hub"),
+        ("", "neither readable here nor on the hub|expected|no such"),
+        (".", "neither readable here nor on the hub"),
+    ],
+)
+def test_datasets_that_are_not_there(dataset, message, fails, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fails(sft, message, model_path=tiny_model, dataset=dataset)
+
+
+def test_unknown_split(fails, tiny_model, tmp_path):
+    import datasets
+
+    datasets.DatasetDict({"train": datasets.Dataset.from_list([PAIR])}).save_to_disk(tmp_path / "data")
+    fails(
+        sft, "no split 'validation'; there are train", model_path=tiny_model, dataset=f"{tmp_path / 'data'}:validation"
+    )
+
+
+def test_a_damaged_dataset_folder(fails, tiny_model, tmp_path):
+    import datasets
+
+    datasets.Dataset.from_list([PAIR]).save_to_disk(tmp_path / "data")
+    next((tmp_path / "data").glob("*.arrow")).write_bytes(b"damaged")
+    fails(sft, "neither readable here nor on the hub", model_path=tiny_model, dataset=str(tmp_path / "data"))
+
+
+SCORED = {"prompt": "a", "response": "b", "score": 1}
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([PAIR], "1 x no score"),
+        ([{**SCORED, "score": "N/A"}], "1 x no score"),
+        ([{**SCORED, "score": [1]}], "1 x no score"),
+        ('{"prompt": "a", "response": "b", "score": NaN}', "1 x no score"),
+        ('{"prompt": "a", "response": "b", "score": Infinity}', "1 x no score"),
+        ([{**SCORED, "response": ""}], "1 x empty answer"),
+        ([{**SCORED, "prompt": f"list {n} animals"} for n in ("two", "three", "four")], "all scores in .* equal 1"),
+    ],
+)
+def test_bad_scores(rows, message, make, fails, tiny_model):
+    fails(train_gvm, message, model_path=tiny_model, dataset=make(rows), label_source="score")
+
+
+def test_all_prompts_held_out(make, fails, tiny_model):
+    prompt = next(f"list {i}" for i in range(999) if random.Random(f"list {i}").random() < 0.05)
+    fails(train_gvm, "too few prompts, all of them are held out", model_path=tiny_model,
+          dataset=make([{**PAIR, "prompt": prompt}]))  # fmt: skip
+
+
+def test_context_without_policy_columns(make, fails, tiny_model):
+    fails(train_gvm, "lacks the columns chosen_policy and rejected_policy", model_path=tiny_model,
+          dataset=make([PAIR]), num_context_trajectories=3)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([{"prompt": ""}], "1 x empty prompt"),
+        ([{"prompt": [USER, ASSISTANT]}], "1 x the prompt ends with the assistant"),
+        ([{"prompt": 7}], "1 x no prompt"),
+        ([{"text": "a"}], "columns .*text.* fit none of"),
+    ],
+)
+def test_bad_prompts(rows, message, make, fails, tiny_model, tiny_gvm):
+    fails(train_dvpo, message, model_path=tiny_model, gvm_path=tiny_gvm, dataset=make(rows))
+
+
+def test_prompts_train_no_reward_model(make, fails, tiny_model):
+    fails(train_ppo_baseline, "columns .*prompt.* fit none of", model_path=tiny_model, dataset=make([{"prompt": "a"}]))
+
+
+# ---- Settings --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
     "setting",
     [{"micro_batch_size": 0}, {"rollout_batch_size": 7}, {"response_length": 0}, {"num_minibatches": -1},
-     {"temperature": 0.0}, {"num_updates": 0}, {"dp_replicate": 3}],
+     {"temperature": 0.0}, {"temperature": float("nan")}, {"num_updates": 0}, {"dp_replicate": 3}, {"dp_replicate": 0},
+     {"learning_rate": -1e-3}, {"learning_rate": float("inf")}, {"gamma": 1.5}, {"gae_lambda": -0.1},
+     {"clip_coef": 0.0}, {"kl_coef": -1.0}, {"kl_target": 0.0}, {"max_grad_norm": 0.0}, {"max_kl": float("nan")},
+     {"seed": -1}, {"seed": 2**63}, {"max_prompt_length": 0}, {"rollout_micro_batch_size": 0}, {"checkpoint_every": 0},
+     {"num_epochs": 0}, {"sample_every": 0}],
+    ids=str,
 )  # fmt: skip
-def test_impossible_settings(setting, tiny_model, tiny_gvm, tmp_path):
-    args = train_dvpo.Args(tiny_model, tiny_gvm, output_dir=str(tmp_path / "out"), **setting)
-    fails(train_dvpo.main, args, "must be above 0|must be a multiple of", tmp_path)
-
-
-def test_a_stage_is_missing(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    args = train_dvpo.Args(tiny_model, output_dir=str(tmp_path / "out"))
-    fails(train_dvpo.main, args, "runs/gvm: no such folder; `python train_gvm.py` makes it", tmp_path)
-
-
-@pytest.mark.parametrize("path", ["./nowhere", "no-such-owner/no-such-model"])
-def test_missing_models(path, tmp_path):
-    args = sft.Args(path, output_dir=str(tmp_path / "out"))
-    fails(sft.main, args, f"{path}: (no such folder|cannot load)", tmp_path)
-
-
-def test_tokenizers_differ(tiny_model, tiny_gvm, tmp_path):
-    tokenizer = common.load_tokenizer(tiny_gvm)
-    tokenizer.add_tokens(["new"])
-    gvm = common.load_value_model(tiny_gvm, tokenizer=tokenizer, dtype=torch.float32, fresh_head=False)
-    gvm.save_pretrained(tmp_path / "gvm")
-    tokenizer.save_pretrained(tmp_path / "gvm")
-    args = train_dvpo.Args(tiny_model, str(tmp_path / "gvm"), output_dir=str(tmp_path / "out"))
-    fails(train_dvpo.main, args, "different tokenizers", tmp_path)
-
-
-def test_a_policy_is_no_gvm(tiny_model, tmp_path):
-    args = train_dvpo.Args(tiny_model, tiny_model, output_dir=str(tmp_path / "out"))
-    fails(train_dvpo.main, args, "is it a GVM|no value model", tmp_path)
-
-
-def test_a_policy_is_no_reward_model(tiny_model, tmp_path):
-    args = train_ppo_baseline.Args(tiny_model, tiny_model, output_dir=str(tmp_path / "out"))
-    fails(train_ppo_baseline.main, args, "is it a GVM or a reward model|no value or reward model", tmp_path)
+def test_impossible_settings(setting, fails, tiny_model, tiny_gvm):
+    name = next(iter(setting)).replace("_", "-")
+    named = "the number of processes, 1" if setting == {"dp_replicate": 3} else f"--{name} "
+    message = f"{named}.* must be (above 0|a multiple of|from 0 to 1|at least 0|from 0 to 2)"
+    fails(train_dvpo, message, model_path=tiny_model, gvm_path=tiny_gvm, **setting)
 
 
 @pytest.mark.parametrize(
     "setting",
     [{"micro_batch_size": 3}, {"reward_batch_size": 3}, {"reward_num_epochs": 0}, {"rollout_batch_size": 7},
-     {"value_clip_coef": 0.0}],
+     {"value_clip_coef": 0.0}, {"critic_learning_rate": -1.0}, {"missing_eos_penalty": float("nan")}],
+    ids=str,
 )  # fmt: skip
-def test_impossible_settings_of_ppo(setting, tiny_model, tmp_path):
-    args = train_ppo_baseline.Args(
-        tiny_model, output_dir=str(tmp_path / "out"), reward_output_dir=str(tmp_path / "out"), **setting
+def test_impossible_settings_of_ppo(setting, fails, tiny_model):
+    fails(train_ppo_baseline, "must be (above 0|a multiple of|at least 0)", model_path=tiny_model, **setting)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"td_lambda": 2.0}, {"bt_coef": -1.0}, {"warmup_fraction": -0.5}, {"num_context_trajectories": -1},
+     {"num_examples": 0}, {"micro_batch_size": 1}, {"batch_size": 3}],
+    ids=str,
+)  # fmt: skip
+def test_impossible_settings_of_the_gvm(setting, fails, tiny_model):
+    fails(train_gvm, "must be (above 0|a multiple of|from 0 to 1|at least 0)", model_path=tiny_model, **setting)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--nonsense"], ["--seed", "one"], ["--advantage", "vtrace"], ["--resume", "a", "b"], ["--output-dir", ""]],
+    ids=str,
+)
+def test_bad_command_lines(flags, tiny_model, tiny_gvm, tmp_path):
+    result = run_script("train_dvpo.py", "--model-path", tiny_model, "--gvm-path", tiny_gvm, *flags, cwd=tmp_path)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+# ---- Models ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("path", ["./nowhere", "no-such-owner/no-such-model", "runs/base", ""])
+def test_missing_models(path, fails, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fails(sft, f"{path}: (no such folder|cannot load)", model_path=path)
+
+
+@pytest.mark.parametrize(
+    "module, flag, script", [(train_dvpo, "runs/gvm", "train_gvm.py"), (train_gvm, "runs/sft", "sft.py")]
+)
+def test_a_stage_is_missing(module, flag, script, fails, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    more = {"model_path": tiny_model} if module is train_dvpo else {}
+    fails(module, f"{flag}: no such folder; `python {script}` makes it", **more)
+
+
+def spoil(folder: Path, damage: str) -> None:
+    """Damage a copy of a model."""
+    if damage == "no weights":
+        (folder / "model.safetensors").unlink()
+    elif damage == "half the weights":
+        data = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    elif damage == "weights that are none":
+        (folder / "model.safetensors").write_text("not a tensor in sight")
+    elif damage == "no config":
+        (folder / "config.json").unlink()
+    elif damage == "a config that is no JSON":
+        (folder / "config.json").write_text("{")
+    elif damage == "an unknown architecture":
+        (folder / "config.json").write_text(json.dumps({"model_type": "nonesuch"}))
+    elif damage == "no tokenizer":
+        for file in folder.glob("*token*"):
+            file.unlink()
+    elif damage == "a tokenizer that is no JSON":
+        (folder / "tokenizer.json").write_text("{")
+    elif damage == "pickled weights":
+        from safetensors.torch import load_file
+
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    elif damage == "code of its own":  # which must not be run
+        config = json.loads((folder / "config.json").read_text())
+        config.update(model_type="mine", auto_map={"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"})
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "mine.py").write_text(f"open({str(folder / 'executed')!r}, 'w')\n")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["no weights", "half the weights", "weights that are none", "no config", "a config that is no JSON",
+     "an unknown architecture", "no tokenizer", "a tokenizer that is no JSON", "pickled weights", "code of its own"],
+)  # fmt: skip
+def test_damaged_models(damage, fails, tiny_model, tmp_path):
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    spoil(folder, damage)
+    fails(sft, "model: (cannot load|the tokenizer has no)", model_path=str(folder))
+    assert not (folder / "executed").exists()
+
+
+def test_a_tokenizer_without_an_end(fails, tiny_model, tmp_path):
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["eos_token"] = None
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    fails(sft, "the tokenizer has no end-of-sequence token", model_path=str(folder))
+
+
+def test_more_tokens_than_the_model_knows(fails, tiny_model, tmp_path):
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    tokenizer = common.load_tokenizer(tiny_model)
+    tokenizer.add_tokens([f"new{i}" for i in range(9)])
+    tokenizer.save_pretrained(folder)
+    fails(sft, "the tokenizer has .* tokens, the model only", model_path=str(folder))
+
+
+@pytest.mark.parametrize("difference", ["tokenizers", "chat templates"])
+def test_tokenizers_differ(difference, fails, tiny_model, tiny_gvm, tmp_path):
+    tokenizer = common.load_tokenizer(tiny_gvm)
+    if difference == "tokenizers":
+        tokenizer.add_tokens(["new"])
+    else:
+        tokenizer.chat_template += " "
+    shutil.copytree(tiny_gvm, tmp_path / "gvm")
+    tokenizer.save_pretrained(tmp_path / "gvm")
+    fails(train_dvpo, f"different {difference}", model_path=tiny_model, gvm_path=str(tmp_path / "gvm"))
+
+
+def test_a_policy_is_no_gvm(fails, tiny_model):
+    fails(train_dvpo, "is it a GVM|no value", model_path=tiny_model, gvm_path=tiny_model)
+
+
+def test_a_policy_is_no_reward_model(fails, tiny_model):
+    fails(
+        train_ppo_baseline, "is it a GVM or a reward model|no value or", model_path=tiny_model, reward_path=tiny_model
     )
-    fails(train_ppo_baseline.main, args, "must be above 0|must be a multiple of", tmp_path)
 
 
-def test_prompts_train_no_reward_model(make, tiny_model, tmp_path):
-    args = train_ppo_baseline.Args(tiny_model, dataset=make([{"prompt": "a"}]), output_dir=str(tmp_path / "out"),
-                                   reward_output_dir=str(tmp_path / "out"))  # fmt: skip
-    fails(train_ppo_baseline.main, args, "columns .*prompt.* fit none of", tmp_path)
-
-
-def test_a_pair_is_seen_in_one_piece(make, tiny_model, tmp_path):
-    args = train_gvm.Args(tiny_model, make([PAIR]), str(tmp_path / "out"), micro_batch_size=1)
-    fails(train_gvm.main, args, "--micro-batch-size 1 must be a multiple of 2", tmp_path)
-
-
-def test_a_head_of_the_wrong_width(tiny_model, tmp_path):
+def test_a_head_of_the_wrong_width(fails, tiny_model, tmp_path):
     from transformers import AutoModelForTokenClassification
 
-    model = AutoModelForTokenClassification.from_pretrained(tiny_model, num_labels=3)
-    model.save_pretrained(tmp_path / "gvm")
+    AutoModelForTokenClassification.from_pretrained(tiny_model, num_labels=3).save_pretrained(tmp_path / "gvm")
     common.load_tokenizer(tiny_model).save_pretrained(tmp_path / "gvm")
-    args = train_dvpo.Args(tiny_model, str(tmp_path / "gvm"), output_dir=str(tmp_path / "out"))
-    fails(train_dvpo.main, args, "head has 3 outputs, expected 1", tmp_path)
+    fails(train_dvpo, "head has 3 outputs, expected 1", model_path=tiny_model, gvm_path=str(tmp_path / "gvm"))
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "opt", "gpt2"])
-def test_unsupported_architectures(family, tiny_model, tmp_path):
-    from transformers import AutoConfig, AutoModelForCausalLM
+@pytest.mark.parametrize("family, module", [("gemma3_text", train_gvm), ("opt", train_gvm), ("gpt2", train_gvm),
+                                            ("gemma2", sft), ("cohere", sft), ("t5", sft), ("bert", sft)])  # fmt: skip
+def test_unsupported_architectures(family, module, fails, tiny_model, tmp_path):
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 128}
     if family == "gpt2":
         sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 128}
+    if family == "t5":
+        sizes = {"d_model": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 128}
     config = AutoConfig.for_model(family, **sizes)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    auto = AutoModel if family == "t5" else AutoModelForCausalLM
+    auto.from_config(config).save_pretrained(tmp_path / "model")
     common.load_tokenizer(tiny_model).save_pretrained(tmp_path / "model")
-    args = train_gvm.Args(str(tmp_path / "model"), output_dir=str(tmp_path / "out"))
-    fails(train_gvm.main, args, "Llama, Qwen2, Qwen3, Mistral[^{]*$", tmp_path)  # no placeholder left unfilled
+    message = "Llama, Qwen2, Qwen3, Mistral[^{]*$" if module is train_gvm else "not supported|cannot load|no list of"
+    fails(module, message, model_path=str(tmp_path / "model"))  # and no placeholder left unfilled
 
 
-def test_weights_must_be_safetensors(tiny_model, tmp_path):
-    from transformers import AutoModelForCausalLM
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "policies, message",
+    [
+        (("runs/sft",), "'runs/sft': expected NAME=PATH"),
+        ((), "name at least one policy"),
+        (("a=MODEL", "a=MODEL"), "two policies have the same name"),
+        (("a=MODEL", "b=./nowhere"), "./nowhere: no such folder"),
+        (("a=",), "cannot load"),
+    ],
+)
+def test_bad_evaluations(policies, message, fails, tiny_model):
+    policies = tuple(policy.replace("MODEL", tiny_model) for policy in policies)
+    fails(evaluate, message, policies=policies, reference_path=tiny_model, gvm_path=None)
 
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    model.config.save_pretrained(tmp_path / "model")
-    torch.save(model.state_dict(), tmp_path / "model" / "pytorch_model.bin")
-    common.load_tokenizer(tiny_model).save_pretrained(tmp_path / "model")
-    args = sft.Args(str(tmp_path / "model"), output_dir=str(tmp_path / "out"))
-    fails(sft.main, args, "cannot load", tmp_path)
+
+def test_nothing_is_held_out(make, fails, tiny_model):
+    prompt = next(f"list {i}" for i in range(999) if random.Random(f"list {i}").random() >= 0.05)
+    fails(evaluate, "none of its few prompts is held out", policies=(f"a={tiny_model}",), reference_path=tiny_model,
+          gvm_path=None, dataset=make([{**PAIR, "prompt": prompt}]))  # fmt: skip
 
 
-def test_evaluate_wants_name_and_path(tiny_model, tmp_path):
-    args = evaluate.Args(("runs/sft",), output_dir=str(tmp_path / "out"))
-    fails(evaluate.main, args, "expected NAME=PATH", tmp_path)
+# ---- Paths, permissions, environment ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("where", ["file", "file/below"])
+@pytest.mark.parametrize("module", [sft, evaluate])
+def test_an_output_folder_that_cannot_be(module, where, tiny_model, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    more = {"model_path": tiny_model} if module is sft else {"policies": (f"a={tiny_model}",), "gvm_path": None,
+                                                             "reference_path": tiny_model}  # fmt: skip
+    with pytest.raises(SystemExit) as left, common.one_line_errors():
+        module.main(module.Args(output_dir=str(tmp_path / where), **more))
+    assert left.value.code == 2 and (tmp_path / "file").read_text() == "in the way"
+    assert re.match("error: --output-dir .*file.*: cannot be written", capsys.readouterr().err)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission(fails, tiny_model, tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o500)
+    fails(
+        sft, "cannot be written \\(Permission denied", model_path=tiny_model, output_dir=str(tmp_path / "closed" / "x")
+    )
+
+
+ENVIRONMENTS = [
+    ({"WORLD_SIZE": "2"}, "only some are set, RANK, MASTER_ADDR, MASTER_PORT not: start with torchrun"),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "only some are set, MASTER_ADDR, MASTER_PORT not: start with torchrun"),
+    ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "RANK below WORLD_SIZE"),
+    ({"RANK": "0", "WORLD_SIZE": "two", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "must be numbers"),
+]
+
+
+@pytest.mark.parametrize("variables, message", ENVIRONMENTS)
+def test_half_an_environment(variables, message, fails, tiny_model, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    fails(sft, f"environment: .*{message}", model_path=tiny_model)
+
+
+def test_a_port_that_is_taken(fails, tiny_model, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost",
+                            "MASTER_PORT": str(taken.getsockname()[1])}.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+        fails(sft, "environment: the processes cannot meet at localhost", model_path=tiny_model)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_one_line_and_exit_code_2(ranks, tiny_model, tmp_path):
+def test_one_line_from_all_processes(ranks, tiny_model, tmp_path):
     result = run_script("sft.py", "--model-path", tiny_model, "--dataset", "./nowhere.jsonl", "--output-dir",
                         tmp_path / "out", ranks=ranks, cwd=tmp_path)  # fmt: skip
     lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
@@ -209,3 +456,10 @@ def test_one_line_and_exit_code_2(ranks, tiny_model, tmp_path):
     assert not (tmp_path / "out").exists()
     if ranks == 1:
         assert result.returncode == 2 and result.stderr.splitlines() == lines
+
+
+def test_what_a_terminal_would_obey_is_shown(make, fails, tiny_model, capsys):
+    """A dataset's column names stand in the message; they cannot clear the screen."""
+    fails(train_gvm, r"columns \(\\x1b\[2Jprompt\)", model_path=tiny_model, dataset=make([{"\x1b[2Jprompt": "a"}]))
+    common.log("a\x1b[31m\nb")
+    assert capsys.readouterr().out == "a\\x1b[31m\nb\n"

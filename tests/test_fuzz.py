@@ -1,0 +1,103 @@
+"""Datasets that nobody would write on purpose: never a traceback, never a silently wrong mask."""
+
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import common
+
+ROUNDS = settings(
+    max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+TEXT = st.one_of(
+    st.sampled_from(["", " ", "list two animals", "dog and cow.", "\n\nHuman: a\n\nAssistant: b", "\x1b[2J", "<eos>"]),
+    st.text(max_size=12),
+)
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-9, 9), st.floats(), TEXT),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXT, inner, max_size=3)),
+    max_leaves=6,
+)
+ROLE = st.sampled_from(["user", "assistant", "system", "", "tool", None])
+MESSAGES = st.lists(st.fixed_dictionaries({}, optional={"role": ROLE, "content": st.one_of(TEXT, JSON)}), max_size=4)
+RATED = st.lists(
+    st.fixed_dictionaries({}, optional={"response": TEXT, "overall_score": JSON, "model": TEXT}), max_size=3
+)
+COLUMNS = ["prompt", "chosen", "rejected", "response", "completions", "score", "score_chosen", "score_rejected",
+           "policy", "chosen_policy", "rejected_policy", *common.ALIASES]  # fmt: skip
+ROW = st.dictionaries(
+    st.one_of(st.sampled_from(COLUMNS), st.text(max_size=3)), st.one_of(TEXT, MESSAGES, RATED, JSON), max_size=6
+)
+NEEDS = st.sampled_from(["prompts", "answers", "pairs", "scores"])
+
+
+def usable(text) -> bool:
+    return isinstance(text, str) and bool(text.strip())
+
+
+def check_examples(examples, needs):
+    for example in examples:
+        assert all(isinstance(m["role"], str) and isinstance(m["content"], str) for m in example.prompt)
+        assert usable(example.prompt[-1]["content"]) and example.prompt[-1]["role"] != "assistant"
+        if needs != "prompts":
+            assert usable(example.chosen)
+        if needs == "pairs":
+            assert usable(example.rejected) and example.chosen != example.rejected
+        if needs == "scores":
+            assert example.score_chosen is not None
+
+
+@ROUNDS
+@given(rows=st.lists(ROW, min_size=1, max_size=4), needs=NEEDS)
+def test_rows_of_any_kind(tmp_path, rows, needs):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    try:
+        train, heldout = common.load_examples(str(path), needs)
+    except common.UserError:
+        return
+    assert train
+    check_examples(train + heldout, needs)
+
+
+@ROUNDS
+@given(shape=st.sampled_from([("chosen", "rejected"), ("prompt", "chosen", "rejected"), ("prompt", "response", "score"),
+                              ("messages",), ("instruction", "completions"), ("prompt",)]),
+       data=st.data(), needs=NEEDS)  # fmt: skip
+def test_right_columns_with_any_content(tmp_path, shape, data, needs):
+    kinds = {"completions": RATED, "score": JSON}
+    row = st.fixed_dictionaries({name: kinds.get(name, st.one_of(TEXT, MESSAGES)) for name in shape})
+    test_rows_of_any_kind.hypothesis.inner_test(tmp_path, data.draw(st.lists(row, min_size=1, max_size=3)), needs)
+
+
+@ROUNDS
+@given(content=st.one_of(st.binary(max_size=60), TEXT.map(str.encode)),
+       name=st.sampled_from(["a.jsonl", "a.json", "a.jsonl.gz", "a.json.gz"]))  # fmt: skip
+def test_files_of_any_bytes(tmp_path, content, name):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(common.UserError):
+        common.load_examples(str(tmp_path / name), "pairs")
+
+
+@ROUNDS
+@given(rows=st.lists(st.tuples(TEXT.filter(str.strip), TEXT.filter(str.strip)), min_size=1, max_size=5),
+       limit=st.integers(1, 8))  # fmt: skip
+def test_masks_cover_the_answer_and_nothing_else(rows, limit):
+    """Row by row, what is masked is the answer with its end, cut to the limit; before it stands the prompt, whole."""
+    tokenizer = common.toy_tokenizer()
+    examples = [common.Example([{"role": "user", "content": prompt}], answer) for prompt, answer in rows]
+    examples, prompts = common.fit_prompts(tokenizer, examples, 999)
+    responses = common.tokenize_answers(tokenizer, [e.chosen for e in examples], limit)
+    batch = common.pad_batch(prompts, responses, tokenizer.pad_token_id, "cpu")
+    R = batch["response_mask"].shape[1]
+    end = common.end_of_turn_id(tokenizer)
+    for i, example in enumerate(examples):
+        answer = tokenizer(example.chosen, add_special_tokens=False).input_ids + [end]
+        masked = batch["input_ids"][i, -R:][batch["response_mask"][i]].tolist()
+        assert masked == answer[:limit] and 0 < len(masked) <= limit
+        real = batch["input_ids"][i][batch["attention_mask"][i]].tolist()
+        assert real == prompts[i] + masked
+        shown = tokenizer.apply_chat_template(example.prompt, tokenize=False, add_generation_prompt=True)
+        assert prompts[i] == tokenizer(shown, add_special_tokens=False).input_ids
