@@ -463,3 +463,40 @@ def test_what_a_terminal_would_obey_is_shown(make, fails, tiny_model, capsys):
     fails(train_gvm, r"columns \(\\x1b\[2Jprompt\)", model_path=tiny_model, dataset=make([{"\x1b[2Jprompt": "a"}]))
     common.log("a\x1b[31m\nb")
     assert capsys.readouterr().out == "a\\x1b[31m\nb\n"
+
+
+# ---- Security --------------------------------------------------------------------------------------------------------
+def test_names_are_no_paths(tiny_model, tmp_path):
+    """A policy's name goes into tables; it cannot lead out of the output folder."""
+    names = ("../../evil", "/tmp/evil\x1b[2J", "<img src=x onerror=alert(1)>")
+    evaluate.main(evaluate.Args(tuple(f"{name}={tiny_model}" for name in names), tiny_model, None, num_prompts=2,
+                                output_dir=str(tmp_path / "a" / "b" / "out")))  # fmt: skip
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {"a/b/out/results.json", "a/b/out/report.html"}
+    assert "<img" not in (tmp_path / "a/b/out/report.html").read_text()
+
+
+def test_nothing_is_sent(tiny_model, tmp_path, monkeypatch):
+    """A whole run without a connection or a look-up of a name by Python code; the processes' own talk is gloo's."""
+
+    def refuse(*_, **__):
+        raise AssertionError("a connection was tried")
+
+    for name in ("create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    sft.main(sft.Args(tiny_model, output_dir=str(tmp_path / "out"), num_examples=8, num_epochs=1, batch_size=8))
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_no_remote_code_and_no_pickle():
+    """Loading goes through `load_pretrained` alone, never with a switch that runs or unpickles what was downloaded."""
+    sources = {path.name: path.read_text() for path in Path(common.__file__).parent.glob("*.py")}
+    assert not [name for name, text in sources.items() if "trust_remote_code" in text or "torch.load" in text]
+    loads = [
+        (name, line) for name, text in sources.items() for line in text.splitlines() if ".from_pretrained(" in line
+    ]
+    assert [(name, line.strip()) for name, line in loads] == [
+        ("common.py", "return auto_class.from_pretrained(path, **kwargs)")
+    ]
+    assert sources["common.py"].count("use_safetensors=True") == 2  # of a policy and of a value model

@@ -120,7 +120,7 @@ def trial(kind: str, script: str, models: Path, reference: tuple, seconds: float
         else:
             pid = in_child(script, flags, log)
             if kind == "kill -9 while saving":
-                wanted = rng.randrange(1, 4)  # the so-manieth save
+                wanted = rng.randrange(1, 4)  # which of its saves
                 while wanted and os.waitpid(pid, os.WNOHANG) == (0, 0):
                     if any(Path(temporary).glob("run*/checkpoints/.unfinished")):
                         wanted -= 1
@@ -201,8 +201,8 @@ def make_models(models: Path) -> None:
             ("train_gvm", {"model_path": str(models / "sft"), **short, **out("gvm")})]  # fmt: skip
     rows = [{"prompt": e.prompt, "chosen": e.chosen, "rejected": e.rejected} for e in common.toy_examples()[0][:140]]
     (models / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    jobs.append(("train_ppo_baseline", {"model_path": str(models / "sft"), "dataset": str(models / "pairs.jsonl"),
-                                        "reward_output_dir": str(models / "rm"), "num_updates": 1, **out("ppo")}))  # fmt: skip
+    ppo = {"model_path": str(models / "sft"), "dataset": str(models / "pairs.jsonl"), "num_updates": 1}
+    jobs.append(("train_ppo_baseline", {**ppo, "reward_output_dir": str(models / "rm"), **out("ppo")}))
     for script, flags in jobs:
         code = outcome(in_child(script, flags, models / "log"))
         assert code == 0, (models / "log").read_text()[-2000:]
