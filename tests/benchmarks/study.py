@@ -39,7 +39,7 @@ EXPERIMENTS = ("tuning", "base", "frontier", "gvm", "advantage", "stability", "u
 COEFS = {  # of the KL to the reference: kl_coef (DVPO, PPO), beta (GRPO, DPO)
     "dvpo": (0.2, 0.1, 0.05, 0.025, 0.0125),
     "ppo": (0.4, 0.2, 0.1, 0.05, 0.025),
-    "grpo": (0.16, 0.08, 0.04, 0.02, 0.01),
+    "grpo": (0.64, 0.32, 0.16, 0.08, 0.04),
     "dpo": (4.0, 2.0, 1.0, 0.5, 0.25),
 }
 DEFAULT = {"dvpo": 0.05, "ppo": 0.1}
