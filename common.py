@@ -139,6 +139,8 @@ def init_processes() -> torch.device:
               "environment: RANK, WORLD_SIZE and MASTER_PORT must be numbers, RANK below WORLD_SIZE")  # fmt: skip
         try:
             _store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            _store = dist.PrefixStore(f"attempt {attempt}", _store)  # torchrun keeps one store over its restarts
         except dist.DistError as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise UserError(f"environment: the processes cannot meet at {where} ({error})") from error
@@ -1020,12 +1022,12 @@ class Run:
                   "--overwrite it (PPO can use a reward model that stands there: --reward-path)")  # fmt: skip
             check(args.overwrite or not begun, f"{self.folder} holds an unfinished run: --resume or --overwrite it")
         elif self.finished:
-            self.compare_settings(json.loads(read_text(self.folder / "args.json")))
+            self.compare_settings(read_settings(self.folder / "args.json"))
             log(f"{self.folder} is finished already")
         else:
             self.source = self.find_checkpoint()
             if self.source is not None:
-                self.compare_settings(json.loads(read_text(self.source / "state.json"))["args"])
+                self.compare_settings(read_settings(self.source / "state.json")["args"])
 
     def compare_settings(self, before: dict) -> None:
         """Raise `UserError` with the differences unless the run before had the same settings."""
@@ -1101,6 +1103,8 @@ class Run:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"{self.folder} is in use by another run: choose another --output-dir") from error
+        taken = (self.folder / "config.json").exists() and not self.args.overwrite
+        check(not taken, f"{self.folder}: another run has finished there meanwhile: choose another --output-dir")
         for path in (*self.folder.glob("model*.safetensors*"), self.folder / "config.json"):
             path.unlink(missing_ok=True)
         for path in (*checkpoints.glob("step_*"), checkpoints / ".unfinished"):  # also those of an abandoned future
@@ -1212,10 +1216,9 @@ class Run:
     def restore(self) -> list:
         """Load `self.source` into what is trained; returns the progress saved with it."""
         state = json.loads((self.source / "state.json").read_text())
-        check(
-            state["data"] == self.data,
-            f"{self.source}: {self.args.dataset} has changed since; --overwrite starts again",
-        )
+        same = state["data"] == self.data
+        check(same, f"{self.source}: --dataset {self.args.dataset} or a frozen model has changed since; --overwrite "
+              "starts again")  # fmt: skip
         if state["versions"] != versions():
             log(f"warning: {self.source} was made with {state['versions']}, now {versions()}: results may differ")
         tensors = self.tensors()
@@ -1264,11 +1267,14 @@ class Run:
             self.lock.close()
 
 
-def fingerprint(sequences: Iterable[list[int]]) -> str:
-    """Tells whether a run goes on with the data it began with."""
+def fingerprint(sequences: Iterable[list], *models: str) -> str:
+    """Tells whether a run goes on with the data (lists of numbers) and the frozen models (folders) it began with."""
     digest = hashlib.sha256()
-    for ids in sequences:
-        digest.update(array("q", [len(ids), *ids]).tobytes())
+    for numbers in sequences:
+        digest.update(array("d", [len(numbers), *numbers]).tobytes())
+    for path in models:
+        for file in sorted(Path(path).expanduser().glob("*.safetensors")):  # a hub id has none here
+            digest.update(sha256(file).encode())
     return digest.hexdigest()
 
 
@@ -1282,12 +1288,14 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def read_text(file: Path) -> str:
-    """A file's text; `UserError` where it cannot be read."""
+def read_settings(file: Path) -> dict:
+    """A JSON file of a run; `UserError` where it cannot be read."""
     try:
-        return file.read_text()
+        return json.loads(file.read_text())
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{file}: damaged ({error})") from error
 
 
 def write_synced(file: Path, text: str) -> None:

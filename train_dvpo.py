@@ -352,7 +352,8 @@ def main(args: Args) -> None:
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
     scheduler = get_linear_schedule_with_warmup(optimizer, 0, args.num_updates)
 
-    trained, data = [(policy, optimizer, scheduler)], common.fingerprint(all_prompts)
+    trained = [(policy, optimizer, scheduler)]
+    data = common.fingerprint(all_prompts, args.model_path, args.gvm_path)
     done, kl_coef, usual_surprise, warned = run.start(trained, args.num_updates, data, 0, args.kl_coef, None, False)
     B, longest_prompt = args.rollout_batch_size, max(map(len, all_prompts))
     mine = torch.arange(B).chunk(world_size)[rank]  # the rows this rank rolls out and scores

@@ -279,7 +279,9 @@ def main(args: Args) -> None:
     widest = (max(len(answer.prompt_ids) for answer in train_set)
               + args.num_context_trajectories * args.context_trajectory_length,
               max(len(answer.response_ids) for answer in train_set))  # fmt: skip
-    data = common.fingerprint(ids for answer in train_set for ids in (answer.prompt_ids, answer.response_ids))
+    data = common.fingerprint(
+        numbers for a in train_set for numbers in (a.prompt_ids, a.response_ids, [a.label], [*map(ord, a.policy or "")])
+    )
     (done,) = run.start([(gvm, optimizer, scheduler)], num_updates, data, 0)
     for update in range(done + 1, num_updates + 1):
         start = common.clock(device)

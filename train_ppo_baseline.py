@@ -493,7 +493,7 @@ def main(args: Args) -> None:
     critic_scheduler = get_linear_schedule_with_warmup(critic_optimizer, 0, args.num_updates)
 
     trained = [(policy, optimizer, scheduler), (critic, critic_optimizer, critic_scheduler)]
-    data = common.fingerprint(all_prompts)
+    data = common.fingerprint(all_prompts, args.model_path, reward_path)
     done, kl_coef, usual_surprise, warned = run.start(trained, args.num_updates, data, 0, args.kl_coef, None, False)
     B, longest_prompt = args.rollout_batch_size, max(map(len, all_prompts))
     mine = torch.arange(B).chunk(world_size)[rank]  # the rows this rank rolls out and scores

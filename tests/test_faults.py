@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, load_weights, read_metrics, run_script
+from safetensors.torch import save_file
 
 import common
 import sft
@@ -407,10 +409,40 @@ def test_other_data_are_refused(stopped, pairs, tmp_path):
     before = open(pairs).read()
     open(pairs, "w").write("".join(before.splitlines(keepends=True)[5:]))
     try:
-        with pytest.raises(common.UserError, match="pairs.jsonl has changed since"):
+        with pytest.raises(common.UserError, match="pairs.jsonl or a frozen model has changed since"):
             train("train_dvpo", flags, resume=())
     finally:
         open(pairs, "w").write(before)
+
+
+def test_another_gvm_is_refused(settings, tiny_gvm, tmp_path, monkeypatch):
+    """At the same path, trained anew while the run lay still."""
+    shutil.copytree(tiny_gvm, tmp_path / "gvm")
+    flags = settings("train_dvpo", tmp_path / "run", gvm_path=str(tmp_path / "gvm"))
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt(patch, "log", 5, after=True)
+        train("train_dvpo", flags)
+    weights = load_weights(tmp_path / "gvm")
+    weights["score.weight"] += 1
+    save_file(weights, tmp_path / "gvm" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(common.UserError, match="or a frozen model has changed since"):
+        train("train_dvpo", flags, resume=())
+
+
+def test_a_run_that_finished_meanwhile_is_safe(settings, tmp_path, monkeypatch):
+    """Both found the folder free; the slower one must not take it from the faster."""
+    flags = settings("sft", tmp_path / "run")
+    start = common.Run.start
+
+    def late(run, *rest):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "config.json").write_text("{}")
+        return start(run, *rest)
+
+    monkeypatch.setattr(common.Run, "start", late)
+    with pytest.raises(common.UserError, match="another run has finished there meanwhile"):
+        train("sft", flags)
+    assert (tmp_path / "run" / "config.json").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_an_unfinished_run_is_not_started_again_by_chance(stopped):
