@@ -10,6 +10,7 @@ import errno
 import fcntl
 import gzip
 import hashlib
+import importlib.util
 import json
 import logging
 import math
@@ -24,6 +25,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 from array import array
 from collections import Counter
 from collections.abc import Iterable
@@ -98,7 +100,9 @@ def explain(error: Exception) -> str | None:
                "--response-length, or add --gradient-checkpointing or processes"  # fmt: skip
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{error.filename or 'an output file'} cannot be written ({error.strerror}): make room, then --resume"
-    if isinstance(error, dist.DistError) or "gloo" in text:
+    if re.search(r"os error (27|28|122)\b", text):  # the same, as safetensors tells it
+        return f"the model cannot be written ({text}): make room, then --resume"
+    if isinstance(error, dist.DistError) or "/gloo/" in text:
         return f"lost another process, killed perhaps or out of memory ({text.splitlines()[0]})"
     return None
 
@@ -107,11 +111,11 @@ _store = None  # what the processes share beside the collectives, once they have
 
 
 def first_to_fail() -> bool:
-    """Is this the first process of the run to ask? True where that cannot be known."""
+    """Is this the first process of the run to ask?"""
     try:
         return _store is None or _store.add("failed", 1) == 1
-    except Exception:  # the store, too, may be gone
-        return True
+    except Exception:  # the store is gone, and with it the process that held it: it has spoken
+        return False
 
 
 TIMEOUT = timedelta(minutes=10)  # for which a process waits for another that says nothing
@@ -205,7 +209,7 @@ def check_finite(update: int, what: str, totals: torch.Tensor, rows: list[int], 
     where = "; ".join(f"rank {rank}, rows {', '.join(map(str, bad))}" for rank, bad in enumerate(found) if bad)
     raise RunError(
         f"update {update}: {what} not finite ({where or 'from the backward pass on, all rows'}); no step was made "
-        "of it. Is the learning rate too high, or a model damaged? The last checkpoint is good"
+        "of it. Is the learning rate too high, or a model damaged?"
     )
 
 
@@ -613,6 +617,7 @@ def read_rows(dataset: str, splits: tuple[str, ...]):
     file = Path(path).expanduser()
     name = file.name.removesuffix(".gz")
     looks_local = path.startswith((".", "/", "~")) or name.endswith((".jsonl", ".json", ".parquet"))
+    check(not file.is_file() or split in ("", "train"), f"--dataset {dataset}: no split {split!r}; a file is 'train'")
     check(file.exists() or not looks_local, f"--dataset {path}: no such file or folder")
     if file.is_file() and name.endswith((".jsonl", ".json")):
         return read_json(file, lines=name.endswith(".jsonl"))
@@ -687,7 +692,9 @@ def load_examples(dataset: str, needs: str, heldout_fraction: float = 0.05) -> t
                 examples.append(Example(to_messages(row["prompt"])))  # bad answers do not spoil a prompt
             else:
                 dropped[str(reason)] += 1
-        except (KeyError, TypeError, AttributeError) as error:
+        except KeyError as error:
+            dropped[f"{error.args[0]} is missing or null"] += 1
+        except (TypeError, AttributeError) as error:
             dropped[f"malformed row ({type(error).__name__}: {error})"] += 1
     log(f"dataset {dataset}: {name} ({', '.join(columns)}), {len(rows)} rows, {len(examples)} examples")
     for reason, count in dropped.most_common():
@@ -879,6 +886,8 @@ def load_pretrained(auto_class, path: str, **kwargs):
                    "ppo": "train_ppo_baseline.py"}  # fmt: skip
         script = made_by.get(local.name) if path.startswith("runs/") else None
         raise UserError(f"{path}: no such folder" + (f"; `python {script}` makes it" if script else ""))
+    unfinished = (local / "metrics.jsonl").exists() and not (local / "config.json").exists()
+    check(not unfinished, f"{path}: an unfinished run, not yet a model; --resume it first")
     try:
         return auto_class.from_pretrained(path, **kwargs)
     except Exception as error:  # transformers, huggingface_hub and safetensors raise a dozen kinds
@@ -920,7 +929,10 @@ def load_policy(path: str, tokenizer, dtype: torch.dtype):
     if path == "toy":
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
-        model = load_pretrained(AutoModelForCausalLM, path, config=config, dtype=dtype, use_safetensors=True)
+        model, info = load_pretrained(AutoModelForCausalLM, path, config=config, dtype=dtype, use_safetensors=True,
+                                      output_loading_info=True)  # fmt: skip
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        check(not missing, f"{path}: no language model, it lacks {missing}; is it a value or reward model?")
     # What ends an answer travels with the checkpoint, whatever the base model's own generation settings were.
     ends = sorted({end_of_turn_id(tokenizer), tokenizer.eos_token_id})
     model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
@@ -997,16 +1009,16 @@ class Run:
     """
 
     def __init__(self, args, script: str):
-        """Look, but write nothing: is the folder free, finished (`self.finished`), or to be resumed, and from what?
+        """Look, before anything is loaded: is the folder free, finished (`self.finished`), or to be resumed?
 
-        Raises `UserError` for a folder that holds a run nobody said to resume or overwrite, for a run with other
-        settings, and where no checkpoint is whole.
+        Raises `UserError` for a folder that holds a run nobody said to resume or overwrite, that another run is using,
+        for a run with other settings, and where no checkpoint is whole.
         """
         self.args, self.script, self.folder = args, Path(script), Path(args.output_dir)
-        self.started, self.printed, self.signal = time.time(), 0.0, 0
-        self.tracker, self.close_tracker = None, lambda: None
+        self.checkpoints = self.folder / "checkpoints"
+        self.started, self.printed, self.signal, self.handlers = time.time(), 0.0, 0, ()
+        self.lock, self.metrics, self.tracker, self.close_tracker = None, None, None, lambda: None
         self.writes = dist.get_rank() == 0
-        self.source = None  # the checkpoint to go on from
         check_positive(args, "checkpoint_every", "micro_batch_size", "max_prompt_length", "response_length",
                        "max_grad_norm", "dp_replicate")  # fmt: skip
         check_between(0, 2**31, args, "seed")
@@ -1014,48 +1026,87 @@ class Run:
         check(args.output_dir.strip(), "--output-dir is empty")
         check(args.resume is None or not args.overwrite, "--resume goes on, --overwrite starts again: choose one")
         check(args.resume is None or len(args.resume) < 2, "--resume takes one checkpoint at most")
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
-        self.finished = (self.folder / "config.json").exists() and not args.overwrite
-        begun = (self.folder / "metrics.jsonl").exists()
-        if args.resume is None and not restarted:
-            check(not self.finished, f"{self.folder} holds a finished run or a model: choose another --output-dir, or "
-                  "--overwrite it (PPO can use a reward model that stands there: --reward-path)")  # fmt: skip
-            check(args.overwrite or not begun, f"{self.folder} holds an unfinished run: --resume or --overwrite it")
-        elif self.finished:
-            self.compare_settings(read_settings(self.folder / "args.json"))
-            log(f"{self.folder} is finished already")
-        else:
-            self.source = self.find_checkpoint()
-            if self.source is not None:
-                self.compare_settings(read_settings(self.source / "state.json")["args"])
+        installed = args.track is None or importlib.util.find_spec(args.track)
+        check(installed, f"--track {args.track}: not installed; pip install -e '.[track]'")
+        seen = [None, False, []]  # what is wrong; finished?; checkpoints to try: rank 0 looks, for all
+        if self.writes:
+            try:
+                seen = [None, *self.look()]
+            except UserError as error:
+                seen[0] = str(error)
+        dist.broadcast_object_list(seen)
+        problem, self.finished, candidates = seen
+        check(not problem, problem)
+        self.source = next(filter(self.is_whole, candidates), None)
+        check(self.source or not candidates, f"{self.folder}: none of its checkpoints can be used; --overwrite starts "
+              "again")  # fmt: skip
+        self.done = int(self.source.name.removeprefix("step_")) if self.source else 0
 
-    def compare_settings(self, before: dict) -> None:
-        """Raise `UserError` with the differences unless the run before had the same settings."""
-        now = json.loads(json.dumps(asdict(self.args)))
-        changed = [f"--{name.replace('_', '-')} was {before.get(name)}, now {now.get(name)}"
-                   for name in sorted(now.keys() | before.keys())
-                   if name not in FREE_SETTINGS and before.get(name) != now.get(name)]  # fmt: skip
-        check(not changed, f"{self.folder}: cannot go on with other settings: {'; '.join(changed)}")
-
-    def find_checkpoint(self) -> Path | None:
-        """The checkpoint to go on from: the one asked for, or the newest whole one; None where there is none yet."""
+    def look(self) -> tuple[bool, list[Path]]:
+        """Is the run in the folder finished, and from which checkpoints may it go on, newest first? On rank 0."""
+        if self.folder.is_dir() and any(self.folder.iterdir()):
+            model = (self.folder / "config.json").exists()
+            ours = model or any((self.folder / name).exists() for name in ("args.json", ".lock"))
+            check(ours, f"--output-dir {self.folder} holds other files than a run's: choose another")
+            self.take_lock()
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by torchrun --max-restarts
+        restarted = restarts > 0 and self.lock is not None and self.lock.read() == launch()
+        finished, begun = (self.folder / "config.json").exists(), (self.folder / "metrics.jsonl").exists()
+        if self.args.resume is None and not restarted:
+            reward = getattr(self.args, "reward_output_dir", None) == self.args.output_dir
+            ways = f"use it by --reward-path {self.folder}" if reward else "choose another --output-dir"
+            check(self.args.overwrite or not finished, f"{self.folder} holds a finished run or a model: {ways}, or "
+                  "--overwrite it")  # fmt: skip
+            check(
+                self.args.overwrite or not begun, f"{self.folder} holds an unfinished run: --resume or --overwrite it"
+            )
+            return False, []
+        found = sorted((p for p in self.checkpoints.glob("step_*") if p.name[5:].isdigit()), reverse=True)
         if self.args.resume:
-            asked = Path(self.args.resume[0])
-            problem = self.damage(asked)
-            check(problem is None, f"--resume {asked}: {problem}")
-            return asked
-        found = sorted((self.folder / "checkpoints").glob("step_*"), reverse=True)
-        for checkpoint in found:
-            problem = self.damage(checkpoint)
-            if problem is None:
-                return checkpoint
-            log(f"{checkpoint}: {problem}; trying the one before")
-        check(not found, f"{self.folder}: none of its checkpoints can be used; --overwrite starts again")
-        log(f"{self.folder}: no checkpoint yet, starting from the beginning")
-        return None
+            asked = [path for path in found if path.resolve() == Path(self.args.resume[0]).expanduser().resolve()]
+            check(asked, f"--resume {self.args.resume[0]}: no checkpoint of {self.folder}")
+            found = asked
+        if begun or finished:
+            self.compare_settings()
+        if finished:
+            log(f"{self.folder} is finished already")
+            return True, []
+        if not found:
+            log(f"{self.folder}: no checkpoint yet, starting from the beginning")
+        return False, found
 
-    def damage(self, checkpoint: Path) -> str | None:
-        """What is wrong with a checkpoint, None if nothing, the same on all ranks, which share the reading."""
+    def take_lock(self) -> None:
+        """Hold the folder for this process; the system gives it back when the process ends, however it ends."""
+        try:
+            self.lock = open(self.folder / ".lock", "a+")
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{self.folder} is in use by another run: choose another --output-dir") from error
+        except OSError as error:
+            raise UserError(f"--output-dir {self.folder}: cannot be written ({error.strerror})") from error
+        self.lock.seek(0)
+
+    def compare_settings(self) -> None:
+        """Raise `UserError` with the differences unless the run in the folder had the same settings."""
+        file = self.folder / "args.json"
+        try:
+            before = json.loads(file.read_text())
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+        except ValueError as error:
+            raise UserError(f"{file}: damaged ({error}); --overwrite starts again") from error
+        changed = self.changed(before)
+        check(not changed, f"{self.folder}: cannot go on with other settings: {changed}")
+
+    def changed(self, before: dict) -> str:
+        """How the settings differ from those `before`."""
+        now = json.loads(json.dumps(asdict(self.args)))
+        return "; ".join(f"--{name.replace('_', '-')} was {before.get(name)}, now {now.get(name)}"
+                         for name in sorted(now.keys() | before.keys())
+                         if name not in FREE_SETTINGS and before.get(name) != now.get(name))  # fmt: skip
+
+    def is_whole(self, checkpoint: Path) -> bool:
+        """Is every file of a checkpoint what was written? All ranks share the reading, and say what is wrong."""
         problem = None
         try:
             manifest = json.loads((checkpoint / "manifest.json").read_text())
@@ -1063,81 +1114,98 @@ class Run:
             for name in names[dist.get_rank() :: dist.get_world_size()]:
                 if sha256(checkpoint / name) != manifest[name]:
                     problem = f"{name} is not what was written"
-            state = json.loads((checkpoint / "state.json").read_text())
-            if state["script"] != self.script.name:
-                problem = f"made by {state['script']}, not by {self.script.name}"
+            changed = self.changed(json.loads((checkpoint / "state.json").read_text())["args"])
+            problem = f"of another run: {changed}" if changed else problem
         except OSError as error:
-            problem = f"{Path(error.filename).name} cannot be read ({error.strerror})"
+            problem = f"{Path(error.filename or checkpoint).name} cannot be read ({error.strerror})"
         except (ValueError, KeyError, TypeError, AttributeError):
             problem = "its manifest is damaged"
         problems = [None] * dist.get_world_size()
         dist.all_gather_object(problems, problem)
-        return next((problem for problem in problems if problem), None)
+        problem = next((problem for problem in problems if problem), None)
+        check(not problem or not self.args.resume, f"--resume {checkpoint}: {problem}")
+        if problem:
+            log(f"{checkpoint}: {problem}; trying the one before")
+        return not problem
 
-    def start(self, trained: list[tuple], num_updates: int, data: str, *progress):
+    def start(self, trained: list[tuple], num_updates: int, data: str, **carried):
         """Take the folder, and restore the checkpoint if the run goes on from one.
 
-        `trained`: a (model, optimizer, scheduler) each; `data`: their `fingerprint`; `progress`: what else the loop
-        carries from update to update, the number of updates done first. Returns `progress`, as given or as restored.
+        `trained`: a (model, optimizer, scheduler) each; `data`: their `fingerprint`; `carried`: what else the loop
+        carries from update to update. Returns the number of updates done, and `carried` as attributes of an object, as
+        given or as restored, which every checkpoint saves.
         """
         self.trained, self.num_updates, self.data = trained, num_updates, data
-        dist.barrier()  # every rank has looked at the folder before one writes there
+        self.carried = types.SimpleNamespace(**carried)
         if self.source is not None:
-            progress = self.restore()
-        if self.writes:
-            try:
-                self.take_folder(progress[0])
-            except OSError as error:
-                raise UserError(f"--output-dir {self.folder}: cannot be written ({error.strerror})") from error
-            self.start_tracker(progress[0])
+            self.restore()
+        self.take_folder()
+        self.start_tracker()
         if threading.current_thread() is threading.main_thread():
             self.handlers = [(number, signal.signal(number, self.stop)) for number in (signal.SIGTERM, signal.SIGINT)]
-        return progress
+        return self.done, self.carried
 
-    def take_folder(self, done: int) -> None:
-        """Lock the folder, and leave in it what belongs to the first `done` updates; on rank 0."""
-        checkpoints = self.folder / "checkpoints"
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.folder / ".lock", "w")  # the system frees it when the process ends, however it ends
+    def take_folder(self) -> None:
+        """Leave in the folder what belongs to the updates done, and nothing else of a run; on rank 0, once."""
+        if not self.writes or self.metrics:
+            return
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{self.folder} is in use by another run: choose another --output-dir") from error
-        taken = (self.folder / "config.json").exists() and not self.args.overwrite
-        check(not taken, f"{self.folder}: another run has finished there meanwhile: choose another --output-dir")
-        for path in (*self.folder.glob("model*.safetensors*"), self.folder / "config.json"):
-            path.unlink(missing_ok=True)
-        for path in (*checkpoints.glob("step_*"), checkpoints / ".unfinished"):  # also those of an abandoned future
-            if done == 0 or path.name > f"step_{done:06d}" or path.name == ".unfinished":
-                shutil.rmtree(path, ignore_errors=True)
-        (self.folder / "args.json").write_text(json.dumps(asdict(self.args), indent=2) + "\n")
-        shutil.copy(self.script, self.folder / self.script.name)
-        metrics = self.folder / "metrics.jsonl"
-        lines = metrics.read_text().splitlines(keepends=True)[:done] if done and metrics.exists() else []
-        write_synced(metrics.with_suffix(".tmp"), "".join(lines))
-        os.replace(metrics.with_suffix(".tmp"), metrics)
-        self.metrics = open(metrics, "a", buffering=1)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            if self.lock is None:
+                self.take_lock()
+                others = (self.folder / "config.json").exists() or (self.folder / "metrics.jsonl").exists()
+                check(not others, f"{self.folder}: another run has begun there meanwhile: choose another --output-dir")
+            self.lock.truncate(0)
+            self.lock.write(launch())
+            self.lock.flush()
+            (self.folder / "config.json").unlink(missing_ok=True)  # first: from here on nothing is finished
+            for path in self.folder.glob("model*.safetensors*"):
+                path.unlink()
+            for path in self.checkpoints.iterdir():  # of an abandoned future, or not finished
+                if not path.name[5:].isdigit() or int(path.name[5:]) > self.done or not self.done:
+                    shutil.rmtree(path)
+            (self.folder / "args.json").write_text(json.dumps(asdict(self.args), indent=2) + "\n")
+            shutil.copy(self.script, self.folder / self.script.name)
+            metrics = self.folder / "metrics.jsonl"
+            lines = metrics.read_text().splitlines(keepends=True)[: self.done] if self.done else []
+            write_synced(metrics.with_suffix(".tmp"), "".join(lines))
+            os.replace(metrics.with_suffix(".tmp"), metrics)
+            self.metrics = open(metrics, "a", buffering=1)
+        except OSError as error:
+            raise UserError(f"--output-dir {self.folder}: cannot be written ({error.strerror})") from error
 
-    def start_tracker(self, done: int) -> None:
-        try:
-            if self.args.track == "tensorboard":
-                from torch.utils.tensorboard import SummaryWriter
+    def start_tracker(self) -> None:
+        if self.writes and self.args.track == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
 
-                writer = SummaryWriter(self.folder / "tensorboard", purge_step=done + 1)
-                self.tracker = lambda metrics, step: [writer.add_scalar(k, v, step) for k, v in metrics.items()]
-                self.close_tracker = writer.close
-            elif self.args.track == "wandb":
-                import wandb
+            writer = SummaryWriter(self.folder / "tensorboard", purge_step=self.done + 1)
+            self.tracker = lambda metrics, step: [writer.add_scalar(k, v, step) for k, v in metrics.items()]
+            self.close_tracker = writer.close
+        elif self.writes and self.args.track == "wandb":
+            import wandb
 
-                wandb.init(project="dvpo", name=self.folder.name, config=asdict(self.args), dir=self.folder)
-                self.tracker, self.close_tracker = wandb.log, wandb.finish
-        except ImportError as error:
-            raise UserError(f"--track {self.args.track}: not installed; pip install -e '.[track]'") from error
+            wandb.init(project="dvpo", name=self.folder.name, config=asdict(self.args), dir=self.folder)
+            self.tracker, self.close_tracker = wandb.log, wandb.finish
 
     def stop(self, number: int, _) -> None:
-        """On a signal: finish the update, then save and leave. A second one kills at once."""
+        """On a signal: finish the update, then save and leave. A second Ctrl-C leaves at once."""
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+
+    def told_to_stop(self) -> int:
+        """The number of the signal that this or another rank has received, else 0."""
+        number = torch.tensor(self.signal)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        return number.item()
+
+    def leave(self, number: int, after: str) -> None:
+        """Leave with 128 + the signal's number, as a shell would report it, on all ranks."""
+        log(f"stopped by {signal.Signals(number).name} after {after}: the same command with --resume goes on")
+        self.end()
+        end_processes()
+        sys.exit(128 + number)
 
     def write(self, name: str, report: dict) -> None:
         """`report` as the JSON file `name` in the folder."""
@@ -1156,40 +1224,31 @@ class Run:
             shown = "  ".join(f"{name} {metrics[name]:.3g}" for name in show if name in metrics)
             print(f"{update:>5}/{self.num_updates}  {self.printed - self.started:4.0f} s  {shown}", flush=True)
 
-    def checkpoint(self, update: int, *progress) -> None:
-        """At the end of an update: save every `--checkpoint-every`, after the last, and when told to stop; then stop.
+    def checkpoint(self, update: int) -> None:
+        """After an update: save every `--checkpoint-every`, after the last, and when told to stop; then leave."""
+        told = self.told_to_stop() if update < self.num_updates else 0
+        if told or update % self.args.checkpoint_every == 0 or update == self.num_updates:
+            self.save_checkpoint(update)
+        if told:
+            self.leave(told, f"update {update}")
 
-        `progress` as in `start`, without the update. Leaves with 128 + the signal's number, on all ranks.
-        """
-        number = torch.tensor(self.signal)
-        if dist.get_world_size() > 1:
-            dist.all_reduce(number, dist.ReduceOp.MAX)  # the signal may have reached one rank alone
-        stopped = number.item() if update < self.num_updates else 0
-        if stopped or update % self.args.checkpoint_every == 0 or update == self.num_updates:
-            self.save_checkpoint(update, progress)
-        if stopped:
-            log(f"stopped by {signal.Signals(stopped).name} after update {update}: --resume goes on")
-            self.end()
-            end_processes()
-            sys.exit(128 + stopped)
-
-    def save_checkpoint(self, update: int, progress: tuple) -> None:
+    def save_checkpoint(self, update: int) -> None:
         """Write `checkpoints/step_N`, whole or not at all, and drop all but the newest two."""
-        target = self.folder / "checkpoints" / f"step_{update:06d}"
-        unfinished, rank = target.with_name(".unfinished"), dist.get_rank()
+        target, unfinished = self.checkpoints / f"step_{update:06d}", self.checkpoints / ".unfinished"
         try:
             if self.writes:
                 os.fsync(self.metrics.fileno())
                 shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir()
-                state = {"script": self.script.name, "args": asdict(self.args), "progress": [update, *progress],
-                         "data": self.data, "versions": versions(), "ranks": dist.get_world_size(),
+                state = {"args": asdict(self.args), "carried": vars(self.carried), "data": self.data,
+                         "versions": versions(), "ranks": dist.get_world_size(),
                          "schedulers": [scheduler.state_dict() for _, _, scheduler in self.trained]}  # fmt: skip
                 write_synced(unfinished / "state.json", json.dumps(state))
             dist.barrier()
             dcp.save(self.tensors(), checkpoint_id=unfinished)
-            written = list(unfinished.glob(f"__{rank}_*")) + [unfinished / n for n in (".metadata", "state.json")
-                                                              if self.writes]  # fmt: skip
+            written = list(unfinished.glob(f"__{dist.get_rank()}_*"))
+            if self.writes:
+                written += [unfinished / ".metadata", unfinished / "state.json"]
             manifests = [None] * dist.get_world_size()
             dist.all_gather_object(manifests, {path.name: sha256(path) for path in written})
             if self.writes:
@@ -1197,24 +1256,22 @@ class Run:
                 write_synced(unfinished / "manifest.json", json.dumps(manifest, indent=2))
                 shutil.rmtree(target, ignore_errors=True)
                 os.rename(unfinished, target)
-                for old in sorted(target.parent.glob("step_*"))[:-2]:
+                for old in sorted(self.checkpoints.glob("step_*"))[:-2]:
                     shutil.rmtree(old)
         except (OSError, dcp.CheckpointException) as error:
             if self.writes:
                 shutil.rmtree(unfinished, ignore_errors=True)
-            failures = getattr(error, "failures", {0: (error, None)})
-            reason = str(next(iter(failures.values()))[0]).splitlines()[-1]
             free = shutil.disk_usage(self.folder).free / 1e9
-            raise RunError(f"{target}: cannot be written ({reason}; {free:.1f} GB are free there). Make room, then "
-                           "--resume goes on from the one before") from error  # fmt: skip
+            raise RunError(f"{target}: cannot be written ({reason(error)}; {free:.1f} GB are free there). Make room, "
+                           "then --resume goes on from the one before") from error  # fmt: skip
 
     def tensors(self) -> dict:
         """Weights and optimizer states of what is trained, as shards."""
         parts = [get_state_dict(model, optimizer) for model, optimizer, _ in self.trained]
         return {str(i): {"model": model, "optimizer": optimizer} for i, (model, optimizer) in enumerate(parts)}
 
-    def restore(self) -> list:
-        """Load `self.source` into what is trained; returns the progress saved with it."""
+    def restore(self) -> None:
+        """Load `self.source` into what is trained and carried."""
         state = json.loads((self.source / "state.json").read_text())
         same = state["data"] == self.data
         check(same, f"{self.source}: --dataset {self.args.dataset} or a frozen model has changed since; --overwrite "
@@ -1222,13 +1279,16 @@ class Run:
         if state["versions"] != versions():
             log(f"warning: {self.source} was made with {state['versions']}, now {versions()}: results may differ")
         tensors = self.tensors()
-        dcp.load(tensors, checkpoint_id=self.source)
+        try:
+            dcp.load(tensors, checkpoint_id=self.source)
+        except dcp.CheckpointException as error:
+            raise UserError(f"{self.source}: does not fit {self.args.model_path} ({reason(error)})") from error
         for i, (model, optimizer, scheduler) in enumerate(self.trained):
             set_state_dict(model, optimizer, model_state_dict=tensors[str(i)]["model"],
                            optim_state_dict=tensors[str(i)]["optimizer"])  # fmt: skip
             scheduler.load_state_dict(state["schedulers"][i])
+        vars(self.carried).update(state["carried"])
         log(f"going on from {self.source}")
-        return state["progress"]
 
     def save(self, model, state_dict: dict, tokenizer, title: str) -> None:
         """Write model (safetensors), config, tokenizer, chat template and model card, and end the run."""
@@ -1255,16 +1315,30 @@ class Run:
                 os.replace(file, self.folder / file.name)
             unfinished.rmdir()
             log(f"saved {self.folder} after {time.time() - self.started:.0f} s")
+            _store.set(f"saved {self.folder}", "yes")
+        _store.wait([f"saved {self.folder}"], timedelta(days=1))  # a large model may take longer than a barrier waits
         self.end()
 
     def end(self) -> None:
         """Give back what the run has taken, so that another can follow in this process."""
-        for number, handler in getattr(self, "handlers", ()):
+        for number, handler in self.handlers:
             signal.signal(number, handler)
         if self.writes:
             self.close_tracker()
             self.metrics.close()
             self.lock.close()
+
+
+def launch() -> str:
+    """Tells one torchrun from another; its restarts are the same."""
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
+
+
+def reason(error: BaseException) -> str:
+    """The last line of an error; of those of several ranks, the first's."""
+    failures = getattr(error, "failures", {0: (error, None)})
+    text = str(next(iter(failures.values()))[0])
+    return (text.splitlines() or [type(error).__name__])[-1]
 
 
 def fingerprint(sequences: Iterable[list], *models: str) -> str:
@@ -1286,16 +1360,6 @@ def versions() -> dict[str, str]:
 def sha256(file: Path) -> str:
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def read_settings(file: Path) -> dict:
-    """A JSON file of a run; `UserError` where it cannot be read."""
-    try:
-        return json.loads(file.read_text())
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"{file}: damaged ({error})") from error
 
 
 def write_synced(file: Path, text: str) -> None:

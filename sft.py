@@ -248,7 +248,7 @@ def main(args: Args) -> None:
 
     widest = max(len(prompt) for prompt, _ in train_set), max(len(response) for _, response in train_set)
     data = common.fingerprint(ids for row in train_set for ids in row)
-    (done,) = run.start([(policy, optimizer, scheduler)], num_updates, data, 0)
+    done, _ = run.start([(policy, optimizer, scheduler)], num_updates, data)
     for update in range(done + 1, num_updates + 1):
         start = common.clock(device)
         # ---- 4 Update ------------------------------------------------------------------------------------------------

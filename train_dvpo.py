@@ -318,7 +318,8 @@ def main(args: Args) -> None:
     dtype = common.compute_dtype(args.dtype, device)
     run = common.Run(args, __file__)
     common.check_positive(args, "rollout_batch_size", "rollout_micro_batch_size", "num_minibatches", "num_epochs")
-    common.check_positive(args, "num_updates", "temperature", "clip_coef", "max_kl", "kl_target", "sample_every")
+    common.check_positive(args, "num_updates", "temperature", "clip_coef", "max_kl", "max_approx_kl", "kl_target",
+                          "sample_every")  # fmt: skip
     common.check_between(0, 1, args, "gamma", "gae_lambda")
     common.check_between(0, math.inf, args, "kl_coef")
     common.check_divides(args.num_minibatches * world_size, "--rollout-batch-size", args.rollout_batch_size)
@@ -354,7 +355,7 @@ def main(args: Args) -> None:
 
     trained = [(policy, optimizer, scheduler)]
     data = common.fingerprint(all_prompts, args.model_path, args.gvm_path)
-    done, kl_coef, usual_surprise, warned = run.start(trained, args.num_updates, data, 0, args.kl_coef, None, False)
+    done, carried = run.start(trained, args.num_updates, data, kl_coef=args.kl_coef, usual_surprise=None, warned=False)
     B, longest_prompt = args.rollout_batch_size, max(map(len, all_prompts))
     mine = torch.arange(B).chunk(world_size)[rank]  # the rows this rank rolls out and scores
     for update in range(done + 1, args.num_updates + 1):
@@ -365,7 +366,7 @@ def main(args: Args) -> None:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + update)
         drawn = common.shuffled_batch(len(all_prompts), update, B, args.seed)
         prompts = [all_prompts[i] for i in drawn]
-        width = longest_prompt if update == 1 else 0  # the first update is the widest: memory runs out now or never
+        width = longest_prompt if update == 1 else 0  # learning is the widest at first: if memory runs out, then now
         padded = common.pad(prompts, tokenizer.pad_token_id, "left", width)
         prompt_ids, prompt_mask = (x.to(device) for x in padded)  # (B, P)
         uniforms = torch.rand(B, args.response_length, generator=generator).to(device)
@@ -402,12 +403,13 @@ def main(args: Args) -> None:
                 )  # (micro, R + 1)
                 scored.append(torch.cat([logprobs, ref_logprobs, gvm_values], 1))
         R = response_mask.shape[1]
-        per_row, scored = torch.cat(scored).sum(1), common.all_gather(torch.cat(scored))
+        scored = torch.cat(scored)  # of this rank's rows
+        per_row, scored = scored.sum(1), common.all_gather(scored)
         common.check_finite(update, "log-probs or values are", scored, mine.tolist(), per_row)
         logprobs, ref_logprobs, gvm_values = scored.split([R, R, R + 1], 1)
         kl = logprobs - ref_logprobs  # (B, R) k1, zero outside the mask
         advantages = dvpo_advantages(
-            gvm_values, kl, response_mask, args.advantage, args.gamma, args.gae_lambda, kl_coef
+            gvm_values, kl, response_mask, args.advantage, args.gamma, args.gae_lambda, carried.kl_coef
         )  # (B, R)
         time_score = common.clock(device) - start
 
@@ -447,17 +449,17 @@ def main(args: Args) -> None:
         # values betrays an answer unlike those, but the reference's surprise may, nats per token.
         surprise = -ref_logprobs.sum(1) / lengths  # (B,)
         if update == 1:  # the policy still is the reference
-            usual_surprise = surprise.quantile(0.95).item()
-        off_support = (surprise > usual_surprise).float().mean().item()  # starts near 0.05
+            carried.usual_surprise = surprise.quantile(0.95).item()
+        off_support = (surprise > carried.usual_surprise).float().mean().item()  # starts near 0.05
         ended = torch.isin(response_ids.gather(1, lengths[:, None] - 1)[:, 0], end_ids)  # (B,)
         sequence_kl = kl.sum(1).mean().item()
         seconds = time_rollout + time_score + time_update
         metrics = {
             "objective/kl": sequence_kl,
             "objective/entropy": -logprobs.sum(1).mean().item(),
-            "objective/non_score_reward": -kl_coef * sequence_kl,
+            "objective/non_score_reward": -carried.kl_coef * sequence_kl,
             "objective/scores": scores.mean().item(),
-            "objective/kl_coef": kl_coef,
+            "objective/kl_coef": carried.kl_coef,
             "val/off_support": off_support,
             "policy/approxkl": approxkl,
             "policy/clipfrac": clipfrac,
@@ -485,20 +487,20 @@ def main(args: Args) -> None:
         if update % args.sample_every == 0 or update == args.num_updates:
             for question, text, score in zip(questions[:3], texts, scores.tolist()):
                 common.log(f"    {score:+.2f}  {question[-200:]!r} -> {text[:300]!r}")
-        if off_support > 0.5 and not warned:
-            warned = True
+        if off_support > 0.5 and not carried.warned:
+            carried.warned = True
             common.log(
                 f"warning: {off_support:.0%} of the answers surprise the reference more than 95 % of its own:"
                 " the GVM has seen nothing like them: raise --kl-coef"
             )
         if args.kl_target is not None:  # Section 2.2 of arXiv:1909.08593: proportional control, at most 2 % per update
-            kl_coef *= 1 + 0.1 * min(max(sequence_kl / args.kl_target - 1, -0.2), 0.2)
+            carried.kl_coef *= 1 + 0.1 * min(max(sequence_kl / args.kl_target - 1, -0.2), 0.2)
         if sequence_kl > args.max_kl:
             raise common.RunError(
                 f"update {update}: {sequence_kl:.0f} nats per answer to the reference, above --max-kl: the policy has "
-                "collapsed or exploits the GVM; lower --learning-rate or raise --kl-coef. The last checkpoint is good"
+                "collapsed or exploits the GVM; lower --learning-rate or raise --kl-coef"
             )
-        run.checkpoint(update, kl_coef, usual_surprise, warned)
+        run.checkpoint(update)
 
     # ---- 8 Save ------------------------------------------------------------------------------------------------------
     run.save(policy, full_state_dict(policy, dtype), tokenizer, "Policy trained by DVPO")

@@ -248,7 +248,7 @@ def main(args: Args) -> None:
     common.check_divides(group, "--micro-batch-size", args.micro_batch_size)  # a pair is seen in one piece
     heldout_set, _ = tokenize(tokenizer, heldout, *limits)
     outcomes = torch.tensor([answer.label for answer in heldout_set])
-    pairs = torch.arange(len(heldout_set)).view(-1, group)[:, : 2 if group == 2 else 0]  # (pairs, 2): good, bad
+    pairs = torch.arange(len(heldout_set) if group == 2 else 0).view(-1, 2)  # (pairs, 2): good, bad
     if args.label_source == "score":
         scores = torch.tensor([answer.label for answer in train_set])
         common.check(scores.std() > 0, f"--label-source score: all scores in {args.dataset} equal {scores[0].item():g}")
@@ -282,7 +282,7 @@ def main(args: Args) -> None:
     data = common.fingerprint(
         numbers for a in train_set for numbers in (a.prompt_ids, a.response_ids, [a.label], [*map(ord, a.policy or "")])
     )
-    (done,) = run.start([(gvm, optimizer, scheduler)], num_updates, data, 0)
+    done, _ = run.start([(gvm, optimizer, scheduler)], num_updates, data)
     for update in range(done + 1, num_updates + 1):
         start = common.clock(device)
         # ---- 4 Update ------------------------------------------------------------------------------------------------

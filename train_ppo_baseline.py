@@ -371,7 +371,7 @@ def pair_accuracy(rm, answers: list[common.Trajectory], pad_id: int, micro_batch
     return common.wins(chosen, rejected).mean().item()
 
 
-def train_reward_model(args: Args, tokenizer, mesh, dtype: torch.dtype, device) -> None:
+def train_reward_model(args: Args, policy_run, tokenizer, mesh, dtype: torch.dtype, device) -> None:
     """Bradley-Terry on the preference pairs, started from the SFT policy; leaves the RM in `args.output_dir`."""
     run = common.Run(args, __file__)
     if run.finished:
@@ -393,7 +393,8 @@ def train_reward_model(args: Args, tokenizer, mesh, dtype: torch.dtype, device) 
 
     widest = max(len(prompt) for prompt, _ in train_set), max(len(response) for _, response in train_set)
     data = common.fingerprint(ids for row in train_set for ids in row)
-    (done,) = run.start([(rm, optimizer, scheduler)], num_updates, data, 0)
+    policy_run.take_folder()  # a policy that stands there is none of this reward model's
+    done, _ = run.start([(rm, optimizer, scheduler)], num_updates, data)
     num_pairs = args.reward_batch_size // 2
     for update in range(done + 1, num_updates + 1):
         start = common.clock(device)
@@ -431,7 +432,9 @@ def train_reward_model(args: Args, tokenizer, mesh, dtype: torch.dtype, device) 
         run.log(update, metrics, ("rm/loss", "rm/pair_accuracy", "optim/lr"))
         run.checkpoint(update)
     run.save(rm, full_state_dict(rm, dtype), tokenizer, "Reward model (Bradley-Terry)")
-    dist.barrier()  # the folder is whole before any rank reads it
+    told = run.told_to_stop()
+    if told:
+        run.leave(told, "the reward model")
 
 
 def main(args: Args) -> None:
@@ -441,7 +444,8 @@ def main(args: Args) -> None:
     dtype = common.compute_dtype(args.dtype, device)
     run = common.Run(args, __file__)
     common.check_positive(args, "rollout_batch_size", "rollout_micro_batch_size", "num_minibatches", "num_epochs")
-    common.check_positive(args, "num_updates", "temperature", "clip_coef", "max_kl", "kl_target", "sample_every")
+    common.check_positive(args, "num_updates", "temperature", "clip_coef", "max_kl", "max_approx_kl", "kl_target",
+                          "sample_every")  # fmt: skip
     common.check_between(0, 1, args, "gamma", "gae_lambda")
     common.check_between(0, math.inf, args, "kl_coef")
     common.check_positive(args, "value_clip_coef", "reward_num_epochs", "reward_batch_size")
@@ -471,7 +475,7 @@ def main(args: Args) -> None:
     if args.reward_path is None:
         resume = None if args.resume is None else ()
         reward_args = replace(args, output_dir=reward_path, resume=resume)
-        train_reward_model(reward_args, tokenizer, mesh, dtype, device)
+        train_reward_model(reward_args, run, tokenizer, mesh, dtype, device)
         gc.collect()  # the model and its methods refer to each other: without it, its memory would stay taken
     common.check_same_tokenizer(args.model_path, tokenizer, reward_path, common.load_tokenizer(reward_path))
     policy = common.load_policy(args.model_path, tokenizer, torch.float32).train()
@@ -494,7 +498,7 @@ def main(args: Args) -> None:
 
     trained = [(policy, optimizer, scheduler), (critic, critic_optimizer, critic_scheduler)]
     data = common.fingerprint(all_prompts, args.model_path, reward_path)
-    done, kl_coef, usual_surprise, warned = run.start(trained, args.num_updates, data, 0, args.kl_coef, None, False)
+    done, carried = run.start(trained, args.num_updates, data, kl_coef=args.kl_coef, usual_surprise=None, warned=False)
     B, longest_prompt = args.rollout_batch_size, max(map(len, all_prompts))
     mine = torch.arange(B).chunk(world_size)[rank]  # the rows this rank rolls out and scores
     for update in range(done + 1, args.num_updates + 1):
@@ -505,7 +509,7 @@ def main(args: Args) -> None:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + update)
         drawn = common.shuffled_batch(len(all_prompts), update, B, args.seed)
         prompts = [all_prompts[i] for i in drawn]
-        width = longest_prompt if update == 1 else 0  # the first update is the widest: memory runs out now or never
+        width = longest_prompt if update == 1 else 0  # learning is the widest at first: if memory runs out, then now
         padded = common.pad(prompts, tokenizer.pad_token_id, "left", width)
         prompt_ids, prompt_mask = (x.to(device) for x in padded)  # (B, P)
         uniforms = torch.rand(B, args.response_length, generator=generator).to(device)
@@ -532,14 +536,21 @@ def main(args: Args) -> None:
                 values = critic.token_values(*batch)  # (micro, R + 1)
                 scored.append(torch.cat([logprobs, ref_logprobs, values, scores[:, None]], 1))
         R = response_mask.shape[1]
-        per_row, scored = torch.cat(scored).sum(1), common.all_gather(torch.cat(scored))
+        scored = torch.cat(scored)  # of this rank's rows
+        per_row, scored = scored.sum(1), common.all_gather(scored)
         common.check_finite(update, "log-probs, values or scores are", scored, mine.tolist(), per_row)
         logprobs, ref_logprobs, values, scores = scored.split([R, R, R + 1, 1], 1)
         kl, scores = logprobs - ref_logprobs, scores[:, 0]  # (B, R) k1, zero outside the mask; (B,)
         lengths = response_mask.sum(1)  # (B,)
         ended = torch.isin(response_ids.gather(1, lengths[:, None] - 1)[:, 0], end_ids)  # (B,)
         advantages, returns = ppo_advantages(
-            values, scores - args.missing_eos_penalty * ~ended, kl, response_mask, args.gamma, args.gae_lambda, kl_coef
+            values,
+            scores - args.missing_eos_penalty * ~ended,
+            kl,
+            response_mask,
+            args.gamma,
+            args.gae_lambda,
+            carried.kl_coef,
         )  # (B, R) both
         time_score = common.clock(device) - start
 
@@ -589,16 +600,16 @@ def main(args: Args) -> None:
         # scores betrays an answer unlike those, but the reference's surprise may, nats per token.
         surprise = -ref_logprobs.sum(1) / lengths  # (B,)
         if update == 1:  # the policy still is the reference
-            usual_surprise = surprise.quantile(0.95).item()
-        off_support = (surprise > usual_surprise).float().mean().item()  # starts near 0.05
+            carried.usual_surprise = surprise.quantile(0.95).item()
+        off_support = (surprise > carried.usual_surprise).float().mean().item()  # starts near 0.05
         sequence_kl = kl.sum(1).mean().item()
         seconds = time_rollout + time_score + time_update
         metrics = {
             "objective/kl": sequence_kl,
             "objective/entropy": -logprobs.sum(1).mean().item(),
-            "objective/non_score_reward": -kl_coef * sequence_kl,
+            "objective/non_score_reward": -carried.kl_coef * sequence_kl,
             "objective/scores": scores.mean().item(),
-            "objective/kl_coef": kl_coef,
+            "objective/kl_coef": carried.kl_coef,
             "val/off_support": off_support,
             "policy/approxkl": approxkl,
             "policy/clipfrac": clipfrac,
@@ -631,20 +642,20 @@ def main(args: Args) -> None:
         if update % args.sample_every == 0 or update == args.num_updates:
             for question, text, score in zip(questions[:3], texts, scores.tolist()):
                 common.log(f"    {score:+.2f}  {question[-200:]!r} -> {text[:300]!r}")
-        if off_support > 0.5 and not warned:
-            warned = True
+        if off_support > 0.5 and not carried.warned:
+            carried.warned = True
             common.log(
                 f"warning: {off_support:.0%} of the answers surprise the reference more than 95 % of its own:"
                 " the RM has seen nothing like them: raise --kl-coef"
             )
         if args.kl_target is not None:  # Section 2.2 of arXiv:1909.08593: proportional control, at most 2 % per update
-            kl_coef *= 1 + 0.1 * min(max(sequence_kl / args.kl_target - 1, -0.2), 0.2)
+            carried.kl_coef *= 1 + 0.1 * min(max(sequence_kl / args.kl_target - 1, -0.2), 0.2)
         if sequence_kl > args.max_kl:
             raise common.RunError(
                 f"update {update}: {sequence_kl:.0f} nats per answer to the reference, above --max-kl: the policy has "
-                "collapsed or exploits the RM; lower --learning-rate or raise --kl-coef. The last checkpoint is good"
+                "collapsed or exploits the RM; lower --learning-rate or raise --kl-coef"
             )
-        run.checkpoint(update, kl_coef, usual_surprise, warned)
+        run.checkpoint(update)
 
     # ---- 8 Save ------------------------------------------------------------------------------------------------------
     run.save(policy, full_state_dict(policy, dtype), tokenizer, "Policy trained by PPO (baseline of DVPO)")

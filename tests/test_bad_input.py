@@ -75,7 +75,7 @@ DATASETS = [
     ("empty prompt", [{**PAIR, "prompt": "  "}], "1 x empty prompt"),
     ("identical answers", [{**PAIR, "rejected": PAIR["chosen"]}], "1 x chosen and rejected are identical"),
     ("nulls", [{"prompt": None, "chosen": None, "rejected": None}], "no row can be used"),
-    ("a null answer", [{**PAIR, "rejected": None}], "1 x malformed row|1 x no rejected"),
+    ("a null answer", [{**PAIR, "rejected": None}], "1 x rejected is missing or null"),
     ("numbers for answers", [{**PAIR, "chosen": 1, "rejected": 2}], "no row can be used"),
     ("lists of numbers", [{**PAIR, "chosen": [1], "rejected": [2]}], "1 x a message without a role"),
     ("strings without prompt", [{"chosen": "b", "rejected": "c"}], "neither a column 'prompt' nor a conversation"),
@@ -90,7 +90,7 @@ DATASETS = [
      "1 x chosen and rejected answer different prompts"),
     ("transcript without answer", [{"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a"}], "1 x the last message is"),
     ("one completion", [RATED], "1 x fewer than two completions of different score"),
-    ("completions without rating", [{**RATED, "completions": [{"response": "b"}] * 2}], "1 x malformed row"),
+    ("completions without rating", [{**RATED, "completions": [{"response": "b"}] * 2}], "1 x overall_score is missing"),
     ("completions that are no list", [{**RATED, "completions": 3}], "1 x malformed row"),
     ("equal ratings", [{**RATED, "completions": RATED["completions"] * 2}], "1 x fewer than two completions"),
     ("malformed JSON", json.dumps(PAIR) + "\n{oops\n", "line 2: malformed JSON"),
@@ -339,6 +339,22 @@ def test_tokenizers_differ(difference, fails, tiny_model, tiny_gvm, tmp_path):
     shutil.copytree(tiny_gvm, tmp_path / "gvm")
     tokenizer.save_pretrained(tmp_path / "gvm")
     fails(train_dvpo, f"different {difference}", model_path=tiny_model, gvm_path=str(tmp_path / "gvm"))
+
+
+@pytest.mark.parametrize("module", [sft, train_dvpo])
+def test_a_gvm_is_no_policy(module, fails, tiny_gvm):
+    fails(module, "no language model, it lacks lm_head.weight; is it a value or reward", model_path=tiny_gvm,
+          **({"gvm_path": tiny_gvm} if module is train_dvpo else {}))  # fmt: skip
+
+
+def test_an_unfinished_run_is_no_model(fails, tiny_gvm, tmp_path):
+    (tmp_path / "dvpo").mkdir()
+    (tmp_path / "dvpo" / "metrics.jsonl").write_text("")
+    fails(sft, "dvpo: an unfinished run, not yet a model", model_path=str(tmp_path / "dvpo"))
+
+
+def test_a_file_has_no_splits(make, fails, tiny_model):
+    fails(sft, "no split 'test'; a file is 'train'", model_path=tiny_model, dataset=make([PAIR]) + ":test")
 
 
 def test_a_policy_is_no_gvm(fails, tiny_model):

@@ -1,5 +1,6 @@
 """A run survives what happens to it: kills, signals, damaged checkpoints, full disks, bad numbers, lost processes."""
 
+import gc
 import json
 import os
 import random
@@ -71,6 +72,7 @@ def train(script, flags, **more):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if dist.is_initialized():
             dist.destroy_process_group()
+        gc.collect()  # a run that failed gives its folder back, as the end of a process would
 
 
 def command_line(flags: dict) -> list[str]:
@@ -113,11 +115,11 @@ def interrupt(monkeypatch, method: str, at: int, after: bool):
     """Let the `at`-th call of `common.Run.<method>` fail, before or after it has done its work."""
     original, calls = getattr(common.Run, method), []
 
-    def failing(*args):
+    def failing(*args, **kwargs):
         calls.append(args)
         if len(calls) == at and not after:
             raise Interrupted
-        result = original(*args)
+        result = original(*args, **kwargs)
         if len(calls) == at:
             raise Interrupted
         return result
@@ -184,7 +186,7 @@ def test_resume_from_a_named_checkpoint(whole, settings, tmp_path):
 def test_two_ranks_save_one_goes_on(whole, settings, tmp_path):
     flags = settings("train_dvpo", tmp_path / "run")
     result = launch("train_dvpo", flags, "stop_after(4)", tmp_path, ranks=2)
-    assert "stopped by SIGTERM after update 4: --resume goes on" in result.stdout, result.stderr[-2000:]
+    assert "stopped by SIGTERM after update 4: the same command with --resume" in result.stdout, result.stderr[-2000:]
     train("train_dvpo", flags, resume=())
     for a, b in zip(read_metrics(whole("train_dvpo")), read_metrics(tmp_path / "run"), strict=True):
         for key in ("objective/kl", "loss/policy", "optim/grad_norm", "objective/scores"):
@@ -253,11 +255,13 @@ def test_a_signal_saves_and_leaves(number, ranks, whole, settings, tmp_path):
     flags = settings("train_dvpo", tmp_path / "run")
     patch = f"at_update(5, lambda: rank == {ranks - 1} and os.kill(os.getpid(), {int(number)}))"
     result = launch("train_dvpo", flags, patch, tmp_path, ranks=ranks)
-    assert f"stopped by {number.name} after update 5: --resume goes on" in result.stdout
-    assert "Traceback" not in ours(result)
+    assert f"stopped by {number.name} after update 5: the same command with --resume" in result.stdout
+    assert "Traceback" not in ours(result) and result.returncode != 0
+    assert (tmp_path / "run" / "checkpoints" / "step_000005" / "manifest.json").exists()
     if ranks == 1:
         assert result.returncode == 128 + number and result.stderr == ""
-        train("train_dvpo", flags, resume=())
+    train("train_dvpo", flags, resume=())
+    if ranks == 1:
         assert_identical(whole("train_dvpo"), tmp_path / "run")
 
 
@@ -297,6 +301,16 @@ def test_torchrun_restarts_and_the_run_goes_on(settings, tmp_path):
     whole = run_script("train_dvpo.py", *command_line(settings("train_dvpo", tmp_path / "b")), ranks=2)
     assert whole.returncode == 0, whole.stderr[-2000:]
     assert_identical(tmp_path / "a", tmp_path / "b")
+
+
+def test_restarts_keep_the_guards_and_their_voice(settings, tmp_path):
+    """Another run's folder is refused in every attempt, one line each; none hangs."""
+    flags = settings("train_dvpo", tmp_path / "run")
+    train("train_dvpo", flags)
+    result = launch("train_dvpo", {**flags, "seed": 2}, "pass", tmp_path, ranks=2, launcher=["--max-restarts", "1"])
+    assert result.returncode != 0 and len(errors(result)) == 2, result.stderr[-3000:]
+    assert all("holds a finished run or a model" in line for line in errors(result))
+    assert len(read_metrics(tmp_path / "run")) == 8
 
 
 # ---- Damaged checkpoints and full disks ------------------------------------------------------------------------------
@@ -348,7 +362,7 @@ def test_no_checkpoint_is_whole(stopped):
         truncate(checkpoint / "__0_0.distcp")
     with pytest.raises(common.UserError, match="none of its checkpoints can be used; --overwrite"):
         train("train_dvpo", flags, resume=())
-    with pytest.raises(common.UserError, match="--resume .*step_000006: __0_0.distcp is not what was written"):
+    with pytest.raises(common.UserError, match="--resume .*step_000006: __0_0.distcp is not what was"):
         train("train_dvpo", flags, resume=(str(folder / "checkpoints" / "step_000006"),))
 
 
@@ -379,7 +393,9 @@ def test_a_finished_run_is_not_overwritten(settings, tmp_path, capsys):
     flags = settings("sft", tmp_path / "run")
     train("sft", flags)
     before = (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns
-    with pytest.raises(common.UserError, match="holds a finished run or a model: choose another --output-dir, or"):
+    with pytest.raises(
+        common.UserError, match="holds a finished run or a model: choose another --output-dir, or --over"
+    ):
         train("sft", flags)
     train("sft", flags, resume=())
     assert "is finished already" in capsys.readouterr().out
@@ -434,15 +450,24 @@ def test_a_run_that_finished_meanwhile_is_safe(settings, tmp_path, monkeypatch):
     flags = settings("sft", tmp_path / "run")
     start = common.Run.start
 
-    def late(run, *rest):
+    def late(*rest, **kwargs):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "config.json").write_text("{}")
-        return start(run, *rest)
+        return start(*rest, **kwargs)
 
     monkeypatch.setattr(common.Run, "start", late)
-    with pytest.raises(common.UserError, match="another run has finished there meanwhile"):
+    with pytest.raises(common.UserError, match="another run has begun there meanwhile"):
         train("sft", flags)
     assert (tmp_path / "run" / "config.json").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_other_peoples_files_are_safe(settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "README.md").write_text("mine")
+    for more in ({}, {"resume": ()}, {"overwrite": True}):
+        with pytest.raises(common.UserError, match="holds other files than a run's: choose another"):
+            train("sft", settings("sft", tmp_path / "run", **more))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["README.md"]
 
 
 def test_an_unfinished_run_is_not_started_again_by_chance(stopped):
@@ -453,29 +478,75 @@ def test_an_unfinished_run_is_not_started_again_by_chance(stopped):
         train("train_dvpo", flags, resume=(), overwrite=True)
 
 
-def test_a_foreign_checkpoint(stopped, settings, tmp_path):
-    _, folder = stopped
-    with pytest.raises(common.UserError, match="made by train_dvpo.py, not by sft.py"):
-        train("sft", settings("sft", tmp_path / "sft"), resume=(str(folder / "checkpoints" / "step_000006"),))
-    with pytest.raises(common.UserError, match="nowhere: manifest.json cannot be read"):
-        train("sft", settings("sft", tmp_path / "sft"), resume=("./nowhere",))
-    assert not (tmp_path / "sft").exists()
+def test_a_foreign_checkpoint(stopped, settings, whole, tmp_path, capsys):
+    """Of another run, lying in this one's folder, it is passed over; in another folder, it is none of this run's."""
+    flags, folder = stopped
+    train("train_dvpo", flags, output_dir=str(tmp_path / "other"), seed=2)
+    shutil.copytree(tmp_path / "other/checkpoints/step_000008", folder / "checkpoints/step_000007")
+    for path in (str(tmp_path / "other/checkpoints/step_000008"), "./nowhere", str(folder / "checkpoints")):
+        with pytest.raises(common.UserError, match=f"--resume {path}: no checkpoint of {folder}"):
+            train("train_dvpo", flags, resume=(path,))
+    train("train_dvpo", flags, resume=())
+    assert "step_000007: of another run: --seed was 2, now 1; trying the one before" in capsys.readouterr().out
+    assert_identical(whole("train_dvpo"), folder)
 
 
-def test_two_runs_in_one_folder(settings, tmp_path):
-    flags = settings("train_dvpo", tmp_path / "run")
-    first = subprocess.Popen([sys.executable, "-c", f"import fcntl, os, time; os.makedirs({str(tmp_path / 'run')!r});"
-                              f"f = open({str(tmp_path / 'run' / '.lock')!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX);"
+def test_overwrite_needs_nothing_that_is_missing(settings, tmp_path, monkeypatch):
+    """What a run cannot do without is looked for before the old run is dropped."""
+    flags = settings("sft", tmp_path / "run")
+    train("sft", flags)
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(common.UserError, match="--track wandb: not installed"):
+        train("sft", flags, overwrite=True, track="wandb")
+    assert (tmp_path / "run" / "config.json").exists() and len(read_metrics(tmp_path / "run")) == 8
+
+
+def test_ppo_overwritten_and_interrupted_is_not_finished(settings, tmp_path, monkeypatch):
+    """In the reward model's stage the old policy no longer counts."""
+    flags = settings("train_ppo_baseline", tmp_path / "run")
+    train("train_ppo_baseline", flags)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt(patch, "log", 2, after=True)
+        train("train_ppo_baseline", flags, overwrite=True, seed=2)
+    train("train_ppo_baseline", flags, resume=(), seed=2)
+    train("train_ppo_baseline", settings("train_ppo_baseline", tmp_path / "fresh"), seed=2)
+    assert_identical(tmp_path / "fresh", tmp_path / "run")
+
+
+def test_a_signal_in_the_reward_models_last_update(settings, tmp_path, monkeypatch):
+    flags = settings("train_ppo_baseline", tmp_path / "run")
+    log = common.Run.log
+
+    def told(run, update, *rest):
+        if update == run.num_updates:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return log(run, update, *rest)
+
+    monkeypatch.setattr(common.Run, "log", told)
+    with pytest.raises(SystemExit) as left:
+        train("train_ppo_baseline", flags)
+    assert left.value.code == 128 + signal.SIGTERM
+    assert (tmp_path / "run_rm" / "config.json").exists() and not read_metrics(tmp_path / "run")
+
+
+def test_two_runs_in_one_folder(stopped, whole):
+    """Whatever the second one wants, while the first one lives; afterwards the folder is free."""
+    flags, folder = stopped
+    first = subprocess.Popen([sys.executable, "-c", "import fcntl, time;"
+                              f"f = open({str(folder / '.lock')!r}, 'a+'); fcntl.flock(f, fcntl.LOCK_EX);"
                               "print('locked', flush=True); time.sleep(100)"], stdout=subprocess.PIPE)  # fmt: skip
     first.stdout.readline()
+    before = sorted(path.name for path in folder.rglob("*"))
     try:
-        with pytest.raises(common.UserError, match="is in use by another run: choose another --output-dir"):
-            train("train_dvpo", flags)
-        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+        for more in ({}, {"resume": ()}, {"overwrite": True}):
+            with pytest.raises(common.UserError, match="is in use by another run: choose another --output-dir"):
+                train("train_dvpo", flags, **more)
+        assert sorted(path.name for path in folder.rglob("*")) == before
     finally:
         first.kill()
         first.wait()
-    train("train_dvpo", flags)  # a killed run holds no lock
+    train("train_dvpo", flags, resume=())  # a killed run holds no lock
+    assert_identical(whole("train_dvpo"), folder)
 
 
 def test_versions_are_recorded(stopped, monkeypatch, capsys):

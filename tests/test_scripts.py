@@ -311,6 +311,17 @@ def test_dvpo_conditions_a_gvm_that_was_trained_so(tiny_model, tiny_gvm, tmp_pat
     assert scores[0] != scores[1]
 
 
+def test_scored_answers_with_some_held_out(tiny_model, tmp_path):
+    """There are no pairs to rank then; the explained variance is reported."""
+    examples = common.toy_examples()[0][:60]
+    rows = [{"prompt": e.prompt, "response": e.chosen, "score": e.score_chosen} for e in examples]
+    (tmp_path / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train_gvm.main(train_gvm.Args(tiny_model, str(tmp_path / "scores.jsonl"), str(tmp_path / "gvm"), num_epochs=1,
+                                  batch_size=8, label_source="score"))  # fmt: skip
+    report = json.loads((tmp_path / "gvm" / "report.json").read_text())
+    assert report["pair_accuracy"]["last"] is None and report["explained_variance"] < 1
+
+
 @pytest.mark.parametrize("td_lambda", [0.0, 0.95])
 def test_the_gvm_approaches_the_exact_value_function(td_lambda, tiny_model, tmp_path):
     """A policy that picks each of two words by a fair coin; what an answer is worth is known, so every value is."""
