@@ -115,7 +115,7 @@ def frontier(rows: list[dict], folder: Path, plt) -> None:
             curves[method][row["seed"]].append((row["policy"]["kl"], row["policy"]["gold"]["mean"]))
     print("\n## Gold at equal KL, DVPO less the other, seed by seed (linear between neighbouring coefficients)")
     lines = []
-    for kl in (0.75, 1.0, 1.5, 2.0, 2.5, 3.0):
+    for kl in (0.95, 1.0, 1.5, 2.0, 2.5, 3.0):
         cells = [f"{kl:g}"]
         for other in ("ppo", "grpo", "dpo"):
             seeds = [s for s in curves[other] if min(len(curves[other][s]), len(curves["dvpo"][s])) > 1]
