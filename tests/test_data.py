@@ -140,7 +140,14 @@ def test_drops_are_counted_with_reasons(tmp_path, capsys):
     train, heldout = common.load_examples(write(tmp_path / "data.jsonl", rows), "pairs")
     printed = capsys.readouterr().out
     assert len(train + heldout) == 1
-    for reason in ("identical", "empty answer", "empty prompt", "different prompts", "not the assistant", "malformed"):
+    for reason in (
+        "identical",
+        "empty answer",
+        "empty prompt",
+        "different prompts",
+        "not the assistant",
+        "is missing or null",
+    ):
         assert f"dropped 1: {reason}" in printed or any(
             line.startswith("  dropped 1") and reason in line for line in printed.splitlines()
         ), printed
