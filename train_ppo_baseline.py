@@ -134,44 +134,53 @@ class Args:
 # ---- The mathematics -------------------------------------------------------------------------------------------------
 # Copied from train_dvpo.FusedLogprobs
 class FusedLogprobs(torch.autograd.Function):
-    """Linear + log-softmax + gather over chunks of tokens; the logits of a chunk are recomputed in backward."""
+    """Linear + log-softmax + gather over slices of the vocabulary, whose logits are recomputed in backward."""
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, temperature, chunk_size):
-        logprobs = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))  # (N,)
-        entropy = torch.zeros_like(logprobs)
-        for start in range(0, len(hidden), chunk_size):
-            chunk = slice(start, start + chunk_size)
-            log_softmax = torch.log_softmax(project(hidden[chunk], weight).div_(temperature), 1)  # (chunk, V)
-            logprobs[chunk] = log_softmax.gather(1, labels[chunk, None])[:, 0]
-            entropy[chunk] = -log_softmax.exp().mul_(log_softmax).sum(1)
-            del log_softmax  # or it would still be held while the next chunk's logits are made
-        ctx.save_for_backward(hidden, weight, labels)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        top = hidden.new_full((len(hidden),), -torch.inf, dtype=dtype)  # (N,) the largest logit so far
+        total, weighted = torch.zeros_like(top), torch.zeros_like(top)  # (N,) sums of e^(z - top) and z e^(z - top)
+        label_logits = torch.zeros_like(top)  # (N,)
+        for start in range(0, len(weight), chunk_size):
+            logits = project(hidden, weight[start : start + chunk_size]).div_(temperature)  # (N, chunk)
+            place = labels - start  # (N,) the label's column, if it is in this slice
+            column = place.clamp(0, logits.shape[1] - 1)
+            label_logits += logits.gather(1, column[:, None])[:, 0] * (place == column)
+            before, top = top, torch.maximum(top, logits.amax(1))
+            shrink, exp = (before - top).exp(), (logits - top[:, None]).exp_()  # (N,), (N, chunk)
+            total = total * shrink + exp.sum(1)
+            weighted = weighted * shrink + exp.mul_(logits).sum(1)
+            del logits, exp  # or they would still be held while the next slice's are made
+        logsumexp = top + total.log()  # (N,)
+        entropy = logsumexp - weighted / total
+        ctx.save_for_backward(hidden, weight, labels, logsumexp)
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
         ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        return label_logits - logsumexp, entropy
 
     @staticmethod
     def backward(ctx, grad_logprobs, _):
-        hidden, weight, labels = ctx.saved_tensors
+        hidden, weight, labels, logsumexp = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=grad_logprobs.dtype) if need_weight else None  # at least fp32
-        for start in range(0, len(hidden), ctx.chunk_size):
-            chunk = slice(start, start + ctx.chunk_size)
-            h, y = hidden[chunk], labels[chunk, None]
-            g = -grad_logprobs[chunk, None] / ctx.temperature  # (chunk, 1)
-            residual = torch.softmax(project(h, weight).div_(ctx.temperature), 1)  # (chunk, V)
-            residual.scatter_add_(1, y, -torch.ones_like(g))  # p - onehot(y): minus the gradient of log p_y by logits
+        g = -grad_logprobs[:, None] / ctx.temperature  # (N, 1)
+        grad_hidden = torch.zeros_like(hidden, dtype=g.dtype) if need_hidden else None  # (N, H) summed in fp32
+        grad_weight = torch.empty_like(weight) if need_weight else None  # (V, H)
+        scaled = (g * hidden).to(hidden.dtype)  # (N, H)
+        for start in range(0, len(weight), ctx.chunk_size):
+            slice_ = weight[start : start + ctx.chunk_size]  # (chunk, H)
+            residual = project(hidden, slice_).div_(ctx.temperature).sub_(logsumexp[:, None]).exp_()  # (N, chunk)
+            place = labels - start
+            column = place.clamp(0, residual.shape[1] - 1)
+            # p - onehot(y): minus the gradient of log p_y by the logits.
+            residual.scatter_add_(1, column[:, None], -(place == column)[:, None].to(residual.dtype))
             residual = residual.to(weight.dtype)
             if need_hidden:
-                grad_hidden[chunk] = g * (residual @ weight)
-            if need_weight and grad_weight.dtype == weight.dtype:
-                grad_weight.addmm_(residual.T, g * h)  # in place: no second (V, H)
-            elif need_weight:
-                grad_weight += project(residual.T, (g * h).to(h.dtype).T)
+                grad_hidden += project(residual, slice_.T)
+            if need_weight:
+                grad_weight[start : start + ctx.chunk_size] = project(residual.T, scaled.T)
             del residual
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+        return None if grad_hidden is None else grad_hidden.mul_(g).to(hidden.dtype), grad_weight, None, None, None
 
 
 # Copied from train_dvpo.project
@@ -184,12 +193,12 @@ def project(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 # Copied from train_dvpo.fused_logprobs
-def fused_logprobs(hidden, weight, labels, temperature: float = 1.0, chunk_size: int = 256):
+def fused_logprobs(hidden, weight, labels, temperature: float = 1.0, chunk_size: int = 1024):
     """`log softmax(hidden @ weight.T / temperature)` at `labels`, and the entropy, never holding `(N, V)` logits.
 
     `hidden (N, H)`, `weight (V, H)`, `labels (N,)`; returns `(logprobs, entropy)`, `(N,)` each in at least fp32.
     Log-probs are differentiable in `hidden` and `weight`; the entropy is for logging and is not. Extra memory: twice
-    `chunk_size` x V floats.
+    N x `chunk_size` floats. The softmax is summed slice by slice as in arXiv:1805.02867.
     """
     return FusedLogprobs.apply(hidden, weight, labels, temperature, chunk_size)
 

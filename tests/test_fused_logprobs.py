@@ -31,6 +31,18 @@ def test_values_and_gradients(temperature, chunk_size):
         torch.testing.assert_close(fused, plain, rtol=1e-10, atol=1e-10)
 
 
+def test_logits_far_apart_between_slices():
+    hidden, weight, labels, upstream = inputs()
+    weight = (weight.detach() * torch.linspace(0, 300, len(weight))[:, None]).requires_grad_()  # e^1000 would overflow
+    results = []
+    for function in (lambda *a: train_dvpo.fused_logprobs(*a, chunk_size=8), naive):
+        logprobs, entropy = function(hidden, weight, labels, 1.0)
+        results.append((logprobs, entropy, *torch.autograd.grad(logprobs @ upstream, (hidden, weight))))
+    assert results[1][0].min() < -1000
+    for fused, plain in zip(*results):
+        torch.testing.assert_close(fused, plain, rtol=1e-10, atol=1e-10)
+
+
 def test_frozen_head_and_frozen_hidden():
     hidden, weight, labels, _ = inputs()
     logprobs, _ = train_dvpo.fused_logprobs(hidden, weight.detach(), labels)

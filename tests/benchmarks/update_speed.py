@@ -101,8 +101,9 @@ def main() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     for _ in range(ROUNDS):
         for name, medians in results.items():
-            child = subprocess.run([sys.executable, __file__, name], env=environment, capture_output=True, text=True)
-            medians.append(json.loads(child.stdout.splitlines()[-1]))
+            command = [sys.executable, __file__, name]
+            output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+            medians.append(json.loads(output.splitlines()[-1]))
     for name, medians in results.items():
         phases = zip(("rollout", "score", "update", "total"), zip(*medians))
         print(f"{name:>6}: " + "  ".join(f"{phase} {statistics.median(s):.3f} s" for phase, s in phases))
