@@ -42,6 +42,7 @@ import transformers
 import tyro
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedTokenizerFast
+from transformers.utils import cached_file
 
 
 # ---- Errors and processes --------------------------------------------------------------------------------------------
@@ -213,6 +214,13 @@ def check_finite(update: int, what: str, totals: torch.Tensor, rows: list[int], 
     )
 
 
+def check_kl(update: int, kl: float, max_kl: float, judge: str) -> None:
+    """Raise `RunError` when a policy is further than `max_kl` nats per answer from the reference."""
+    if kl > max_kl:
+        raise RunError(f"update {update}: {kl:.0f} nats per answer to the reference, above --max-kl: the policy has "
+                       f"collapsed or exploits the {judge}; lower --learning-rate or raise --kl-coef")  # fmt: skip
+
+
 def clock(device: torch.device) -> float:
     """Seconds on a running clock, once the device has finished what it was given."""
     if device.type == "cuda":
@@ -382,7 +390,8 @@ def value_tables(report: dict) -> str:
     """`value_report` as two readable tables."""
     accuracy = report["pair_accuracy"]
     show = lambda x: "     -" if x is None else f"{x:6.3f}"  # noqa: E731
-    lines = ["pair accuracy by  " + " ".join(f"{name:>6}" for name in accuracy)]
+    lines = ["(p5: the 5th percentile of an answer's token values)"]
+    lines.append("pair accuracy by  " + " ".join(f"{name:>6}" for name in accuracy))
     lines.append("                  " + " ".join(show(x) for x in accuracy.values()))
     lines.append("answer seen       " + " ".join(f"{float(f):6.0%}" for f in report["by_fraction"]))
     for key in ("pair_accuracy", "explained_variance", "correlation"):
@@ -680,8 +689,8 @@ def load_examples(dataset: str, needs: str, heldout_fraction: float = 0.05) -> t
     name, adapter = next(((name, adapter) for name, wanted, adapter in formats if set(wanted) <= set(columns)), (0, 0))
     known = "; ".join(" + ".join(wanted) for _, wanted, _ in formats)
     check(name, f"--dataset {dataset}: its columns ({', '.join(rows[0])}) fit none of: {known}; rename them")
-    examples, dropped = [], Counter()
-    for row in rows:
+    examples, dropped = [], {}  # reason -> numbers of rows
+    for number, row in enumerate(rows, 1):
         try:
             fresh = adapter({ALIASES.get(column, column): value for column, value in row.items() if value is not None})
             for example in fresh:
@@ -691,15 +700,16 @@ def load_examples(dataset: str, needs: str, heldout_fraction: float = 0.05) -> t
             if needs == "prompts" and isinstance(row.get("prompt"), str) and row["prompt"].strip():
                 examples.append(Example(to_messages(row["prompt"])))  # bad answers do not spoil a prompt
             else:
-                dropped[str(reason)] += 1
+                dropped.setdefault(str(reason), []).append(number)
         except KeyError as error:
-            dropped[f"{error.args[0]} is missing or null"] += 1
+            dropped.setdefault(f"{error.args[0]} is missing or null", []).append(number)
         except (TypeError, AttributeError) as error:
-            dropped[f"malformed row ({type(error).__name__}: {error})"] += 1
+            dropped.setdefault(f"malformed row ({type(error).__name__}: {error})", []).append(number)
     log(f"dataset {dataset}: {name} ({', '.join(columns)}), {len(rows)} rows, {len(examples)} examples")
-    for reason, count in dropped.most_common():
-        log(f"  dropped {count}: {reason}")
-    reasons = "; ".join(f"{count} x {reason}" for reason, count in dropped.most_common(3))
+    dropped = sorted(dropped.items(), key=lambda item: -len(item[1]))
+    for reason, numbers in dropped:
+        log(f"  dropped {len(numbers)}: {reason} (the first is row {numbers[0]})")
+    reasons = "; ".join(f"{len(numbers)} x {reason}" for reason, numbers in dropped[:3])
     check(examples, f"--dataset {dataset}: no row can be used here: {reasons}")
     heldout = [random.Random(e.prompt[-1]["content"]).random() < heldout_fraction for e in examples]
     check(not all(heldout), f"--dataset {dataset}: too few prompts, all of them are held out")
@@ -734,9 +744,8 @@ DEFAULT_CHAT_TEMPLATE = (
 
 
 def load_tokenizer(path: str):
-    """The tokenizer of a local folder or hub id ("toy": the embedded task's), with a chat template and a pad token."""
-    if path == "toy":
-        return toy_tokenizer()
+    """The tokenizer of a local folder or hub id, with a chat template and a pad token."""
+    check(path != "toy", "toy: an untrained model, for sft.py alone; name the folder of a trained one")
     tokenizer = load_pretrained(transformers.AutoTokenizer, path)
     check(tokenizer.eos_token_id is not None, f"{path}: the tokenizer has no end-of-sequence token")
     if tokenizer.chat_template is None:
@@ -773,10 +782,12 @@ def tokenize_prompt(tokenizer, prompt: list[dict]) -> list[int]:
 def tokenize_answers(tokenizer, answers: list[str], max_length: int) -> list[list[int]]:
     """Token ids of answers, each with its end-of-turn token, cut to `max_length`.
 
-    Answers are tokenised after and apart from the prompt's ids: nothing merges across the border.
+    Answers are tokenised after and apart from the prompt's ids: nothing merges across the border. Special tokens that
+    stand in their text are text, so an answer that quotes the end token goes on.
     """
     end = end_of_turn_id(tokenizer)
-    tokens = [ids + [end] for ids in tokenizer(answers, add_special_tokens=False).input_ids] if answers else []
+    texts = tokenizer(answers, add_special_tokens=False, split_special_tokens=True).input_ids if answers else []
+    tokens = [ids + [end] for ids in texts]
     cut = sum(len(ids) > max_length for ids in tokens)
     if cut:
         log(f"  {cut} of {len(tokens)} answers cut to --response-length {max_length} tokens")
@@ -784,21 +795,31 @@ def tokenize_answers(tokenizer, answers: list[str], max_length: int) -> list[lis
 
 
 def fit_prompts(tokenizer, examples: list[Example], max_length: int) -> tuple[list[Example], list[list[int]]]:
-    """Examples whose prompt has at most `max_length` tokens, and those tokens; counts the others."""
+    """Examples whose prompt has at most `max_length` tokens, and those tokens; counts the others, with reasons.
+
+    A prompt with a special token in its text is left out, too: it could end a turn, or speak in another role.
+    """
+    specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     known = {}  # a prompt often stands in many examples
+    kept, tokens, dropped = [], [], Counter()
     for example in examples:
         key = str(example.prompt)
         if key not in known:
             known[key] = tokenize_prompt(tokenizer, example.prompt)
-    tokens = [known[str(example.prompt)] for example in examples]
-    kept = [i for i, ids in enumerate(tokens) if 0 < len(ids) <= max_length]
-    long = sum(len(ids) > max_length for ids in tokens)
-    refused = len(tokens) - len(kept) - long
-    reasons = f"{long} prompts longer than --max-prompt-length {max_length}, {refused} refused by the chat template"
-    if len(kept) < len(tokens):
-        log(f"  dropped {reasons}")
-    check(kept or not tokens, f"no prompt is left: {reasons}")
-    return [examples[i] for i in kept], [tokens[i] for i in kept]
+        if not known[key]:
+            dropped["refused by the chat template"] += 1
+        elif len(known[key]) > max_length:
+            dropped[f"longer than --max-prompt-length {max_length}"] += 1
+        elif any(special in key for special in specials):
+            dropped["with a special token of the tokenizer in its text"] += 1
+        else:
+            kept.append(example)
+            tokens.append(known[key])
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in dropped.most_common())
+    if dropped:
+        log(f"  dropped prompts: {reasons}")
+    check(kept or not examples, f"no prompt is left: {reasons}")
+    return kept, tokens
 
 
 def show_example(tokenizer, prompt_ids: list[int], response_ids: list[int]) -> None:
@@ -1184,7 +1205,10 @@ class Run:
         elif self.writes and self.args.track == "wandb":
             import wandb
 
-            wandb.init(project="dvpo", name=self.folder.name, config=asdict(self.args), dir=self.folder)
+            before = getattr(self.carried, "wandb_id", None)  # a resumed run goes on there, too
+            tracked = wandb.init(project="dvpo", name=self.folder.name, config=asdict(self.args), dir=self.folder,
+                                 id=before, resume="allow")  # fmt: skip
+            self.carried.wandb_id = tracked.id
             self.tracker, self.close_tracker = wandb.log, wandb.finish
 
     def stop(self, number: int, _) -> None:
@@ -1342,12 +1366,13 @@ def reason(error: BaseException) -> str:
 
 
 def fingerprint(sequences: Iterable[list], *models: str) -> str:
-    """Tells whether a run goes on with the data (lists of numbers) and the frozen models (folders) it began with."""
+    """Tells whether a run goes on with the data (lists of numbers) and the frozen models it began with."""
     digest = hashlib.sha256()
     for numbers in sequences:
         digest.update(array("d", [len(numbers), *numbers]).tobytes())
     for path in models:
-        for file in sorted(Path(path).expanduser().glob("*.safetensors")):  # a hub id has none here
+        folder = Path(cached_file(str(Path(path).expanduser()), "config.json")).parent  # a hub id's is in the cache
+        for file in sorted(folder.glob("*.safetensors")):
             digest.update(sha256(file).encode())
     return digest.hexdigest()
 

@@ -237,7 +237,7 @@ def main(args: Args) -> None:
     torch.manual_seed(args.seed)
 
     # ---- 2 Data ------------------------------------------------------------------------------------------------------
-    tokenizer = common.load_tokenizer(args.model_path)
+    tokenizer = common.toy_tokenizer() if args.model_path == "toy" else common.load_tokenizer(args.model_path)
     examples, heldout = common.load_examples(args.dataset, needs="answers")
     both = args.answers == "both" or (args.answers == "auto" and args.dataset == "toy")
     train_set = demonstrations(tokenizer, examples[: args.num_examples], both, args)

@@ -659,11 +659,7 @@ def main(args: Args) -> None:
             )
         if args.kl_target is not None:  # Section 2.2 of arXiv:1909.08593: proportional control, at most 2 % per update
             carried.kl_coef *= 1 + 0.1 * min(max(sequence_kl / args.kl_target - 1, -0.2), 0.2)
-        if sequence_kl > args.max_kl:
-            raise common.RunError(
-                f"update {update}: {sequence_kl:.0f} nats per answer to the reference, above --max-kl: the policy has "
-                "collapsed or exploits the RM; lower --learning-rate or raise --kl-coef"
-            )
+        common.check_kl(update, sequence_kl, args.max_kl, "RM")
         run.checkpoint(update)
 
     # ---- 8 Save ------------------------------------------------------------------------------------------------------

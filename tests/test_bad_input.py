@@ -99,7 +99,7 @@ DATASETS = [
     ("not UTF-8", b"\xff\xfe{}\n", "data.jsonl: cannot be read"),
     ("binary", bytes(range(256)), "data.jsonl: cannot be read"),
     ("prompts too long", [{**PAIR, "prompt": "list two animals " * 200}],
-     "no prompt is left: 1 prompts longer than --max-prompt-length 512"),
+     "no prompt is left: 1 x longer than --max-prompt-length 512"),
 ]  # fmt: skip
 
 
@@ -223,23 +223,17 @@ def test_impossible_settings(setting, fails, tiny_model, tiny_gvm):
 
 
 @pytest.mark.parametrize(
-    "setting",
-    [{"micro_batch_size": 3}, {"reward_batch_size": 3}, {"reward_num_epochs": 0}, {"rollout_batch_size": 7},
-     {"value_clip_coef": 0.0}, {"critic_learning_rate": -1.0}, {"missing_eos_penalty": float("nan")}],
-    ids=str,
+    "module, setting",
+    [*((train_ppo_baseline, setting) for setting in (
+        {"micro_batch_size": 3}, {"reward_batch_size": 3}, {"reward_num_epochs": 0}, {"rollout_batch_size": 7},
+        {"value_clip_coef": 0.0}, {"critic_learning_rate": -1.0}, {"missing_eos_penalty": float("nan")})),
+     *((train_gvm, setting) for setting in (
+        {"td_lambda": 2.0}, {"bt_coef": -1.0}, {"warmup_fraction": -0.5}, {"num_context_trajectories": -1},
+        {"num_examples": 0}, {"micro_batch_size": 1}, {"batch_size": 3}))],
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )  # fmt: skip
-def test_impossible_settings_of_ppo(setting, fails, tiny_model):
-    fails(train_ppo_baseline, "must be (above 0|a multiple of|at least 0)", model_path=tiny_model, **setting)
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [{"td_lambda": 2.0}, {"bt_coef": -1.0}, {"warmup_fraction": -0.5}, {"num_context_trajectories": -1},
-     {"num_examples": 0}, {"micro_batch_size": 1}, {"batch_size": 3}],
-    ids=str,
-)  # fmt: skip
-def test_impossible_settings_of_the_gvm(setting, fails, tiny_model):
-    fails(train_gvm, "must be (above 0|a multiple of|from 0 to 1|at least 0)", model_path=tiny_model, **setting)
+def test_impossible_settings_of_other_scripts(module, setting, fails, tiny_model):
+    fails(module, "must be (above 0|a multiple of|from 0 to 1|at least 0)", model_path=tiny_model, **setting)
 
 
 @pytest.mark.parametrize(
@@ -254,6 +248,12 @@ def test_bad_command_lines(flags, tiny_model, tiny_gvm, tmp_path):
 
 
 # ---- Models ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("module", [train_gvm, train_dvpo, train_ppo_baseline])
+def test_the_untrained_model_is_for_sft_alone(module, fails):
+    """Reference and policy would be two different random models."""
+    fails(module, "toy: an untrained model, for sft.py alone", model_path="toy")
+
+
 @pytest.mark.parametrize("path", ["./nowhere", "no-such-owner/no-such-model", "runs/base", ""])
 def test_missing_models(path, fails, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -390,7 +390,7 @@ def test_unsupported_architectures(family, module, fails, tiny_model, tmp_path):
     auto.from_config(config).save_pretrained(tmp_path / "model")
     common.load_tokenizer(tiny_model).save_pretrained(tmp_path / "model")
     message = "Llama, Qwen2, Qwen3, Mistral[^{]*$" if module is train_gvm else "not supported|cannot load|no list of"
-    fails(module, message, model_path=str(tmp_path / "model"))  # and no placeholder left unfilled
+    fails(module, message, model_path=str(tmp_path / "model"))
 
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------

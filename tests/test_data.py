@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import re
 from collections import Counter
 
 import pytest
@@ -148,9 +149,8 @@ def test_drops_are_counted_with_reasons(tmp_path, capsys):
         "not the assistant",
         "is missing or null",
     ):
-        assert f"dropped 1: {reason}" in printed or any(
-            line.startswith("  dropped 1") and reason in line for line in printed.splitlines()
-        ), printed
+        (line,) = [line for line in printed.splitlines() if reason in line]
+        assert re.fullmatch(r"  dropped 1: .* \(the first is row \d\)", line)
 
 
 # ---- Tokens ----------------------------------------------------------------------------------------------------------
@@ -163,6 +163,20 @@ def test_prompt_and_answer_tokens():
     assert answer[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(answer, skip_special_tokens=True) == "dog and cow."
     assert common.tokenize_answers(tokenizer, ["dog and cow."], 2) == [answer[:2]]  # cut, without an end
+
+
+def test_special_tokens_in_a_text_are_text(capsys):
+    """An answer that quotes the end token goes on; a prompt that could speak in another role is left out."""
+    tokenizer = common.toy_tokenizer()
+    (answer,) = common.tokenize_answers(tokenizer, ["dog<eos>and <assistant> cow."], 20)
+    assert not set(answer[:-1]) & {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(["<user>", "<assistant>"])}
+    assert tokenizer("a <eos>").input_ids[-1] == tokenizer.eos_token_id  # what the template writes still is one
+    good, bad, role = (
+        common.Example([{"role": role, "content": content}])
+        for role, content in (("user", "list"), ("user", "list<assistant>"), ("<assistant>", "list"))
+    )
+    assert common.fit_prompts(tokenizer, [good, bad, role], 9)[0] == [good]
+    assert "dropped prompts: 2 x with a special token" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("tail, expected", [("<eos>", "<eos>"), ("<user>\n", "<user>"), ("\n", "<eos>")])
@@ -199,7 +213,7 @@ def test_prompts_that_the_template_refuses_are_dropped(capsys):
     bad = common.Example([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}])
     good = common.Example([{"role": "user", "content": "b"}])
     assert common.fit_prompts(tokenizer, [bad, good], 9)[0] == [good]
-    assert "1 refused by the chat template" in capsys.readouterr().out
+    assert "1 x refused by the chat template" in capsys.readouterr().out
 
 
 def test_padding_sides_and_masks():

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -183,17 +184,24 @@ def test_resume_from_a_named_checkpoint(whole, settings, tmp_path):
     assert_identical(whole("train_dvpo"), tmp_path / "run")
 
 
-def test_two_ranks_save_one_goes_on(whole, settings, tmp_path):
-    flags = settings("train_dvpo", tmp_path / "run")
-    result = launch("train_dvpo", flags, "stop_after(4)", tmp_path, ranks=2)
+@pytest.mark.parametrize("script, stage", [*((script, "run") for script in MODULES), ("train_ppo_baseline", "run_rm")])
+def test_two_ranks_save_one_goes_on(script, stage, whole, settings, tmp_path):
+    flags = settings(script, tmp_path / "run")
+    if script == "train_ppo_baseline" and stage == "run":
+        flags["reward_path"] = str(whole(script)) + "_rm"
+    result = launch(script, flags, "stop_after(4)", tmp_path, ranks=2)
     assert "stopped by SIGTERM after update 4: the same command with --resume" in result.stdout, result.stderr[-2000:]
-    train("train_dvpo", flags, resume=())
-    for a, b in zip(read_metrics(whole("train_dvpo")), read_metrics(tmp_path / "run"), strict=True):
-        for key in ("objective/kl", "loss/policy", "optim/grad_norm", "objective/scores"):
-            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), (a["step"], key)
-    weights = load_weights(tmp_path / "run")
-    for name, tensor in load_weights(whole("train_dvpo")).items():
-        torch.testing.assert_close(tensor, weights[name], rtol=1e-4, atol=1e-5)
+    assert json.loads((tmp_path / stage / "checkpoints/step_000004/state.json").read_text())["ranks"] == 2
+    train(script, flags, resume=())
+    for folder in {stage, "run"}:
+        expected = whole(script).with_name(folder.replace("run", script))
+        for a, b in zip(read_metrics(expected), read_metrics(tmp_path / folder), strict=True):
+            for key in a.keys() & {"objective/kl", "loss/policy", "loss/value", "loss/sft", "gvm/loss", "rm/loss",
+                                   "optim/grad_norm", "objective/scores"}:  # fmt: skip
+                assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), (folder, a["step"], key)
+        weights = load_weights(tmp_path / folder)
+        for name, tensor in load_weights(expected).items():
+            torch.testing.assert_close(tensor, weights[name], rtol=1e-4, atol=1e-5)
 
 
 def test_micro_batches_may_change_on_the_way(settings, whole, tmp_path, monkeypatch):
@@ -443,6 +451,44 @@ def test_another_gvm_is_refused(settings, tiny_gvm, tmp_path, monkeypatch):
         train("train_dvpo", flags, resume=())
 
 
+def test_models_from_the_hub_are_told_apart(tiny_gvm, tmp_path):
+    """By their weights in the hub's cache, as folders are."""
+    prints = []
+    for weight in (0.0, 1.0):
+        snapshot = tmp_path / "hub/models--owner--name/snapshots/0123"
+        shutil.copytree(tiny_gvm, snapshot, dirs_exist_ok=True)
+        save_file({"score.weight": torch.full((1, 4), weight)}, snapshot / "model.safetensors")
+        (snapshot.parents[1] / "refs").mkdir(exist_ok=True)
+        (snapshot.parents[1] / "refs" / "main").write_text("0123")
+        code = (
+            f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common; print(common.fingerprint([], 'owner/name'))"
+        )
+        result = subprocess.run([sys.executable, "-c", code], env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub")},
+                                capture_output=True, text=True)  # fmt: skip
+        prints.append(result.stdout)
+        assert result.returncode == 0, result.stderr
+    assert prints[0] != prints[1]
+
+
+def test_a_resumed_run_goes_on_in_wandb(settings, tmp_path, monkeypatch):
+    """As the run it was, and from its checkpoint's update on."""
+    begun, logged = [], []
+
+    def init(id, **kwargs):
+        begun.append((id, kwargs["resume"]))
+        return types.SimpleNamespace(id=id or "fresh")
+
+    fake = types.SimpleNamespace(init=init, log=lambda metrics, step: logged.append(step), finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: name)
+    flags = settings("sft", tmp_path / "run", track="wandb")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt(patch, "log", 4, after=True)
+        train("sft", flags)
+    train("sft", flags, resume=())
+    assert begun == [(None, "allow"), ("fresh", "allow")] and logged == [1, 2, 3, 4, 4, 5, 6, 7, 8]
+
+
 def test_a_run_that_finished_meanwhile_is_safe(settings, tmp_path, monkeypatch):
     """Both found the folder free; the slower one must not take it from the faster."""
     flags = settings("sft", tmp_path / "run")
@@ -670,6 +716,24 @@ def test_a_lost_process_is_reported_once(settings, tmp_path):
     assert result.returncode != 0 and time.monotonic() - start < 60
     assert len(errors(result)) == 1 and errors(result)[0].startswith("error: lost another process, killed perhaps")
     assert "Traceback" not in ours(result)
+
+
+def test_a_silent_process_is_given_up(settings, tmp_path):
+    """One of two hangs without dying; here it wakes up again, so that torchrun need not wait to kill it."""
+    patch = (
+        "common.TIMEOUT = common.timedelta(seconds=5)\n"
+        "def hang():\n"
+        "    if rank == 1:\n"
+        "        import subprocess\n"
+        "        subprocess.Popen(['sh', '-c', f'sleep 10; kill -CONT {os.getpid()}'])\n"
+        "        os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "at_update(5, hang)"
+    )
+    start = time.monotonic()
+    result = launch("train_dvpo", settings("train_dvpo", tmp_path / "run"), patch, tmp_path, ranks=2)
+    assert result.returncode != 0 and time.monotonic() - start < 60
+    assert len(errors(result)) == 1 and errors(result)[0].startswith("error: lost another process"), errors(result)
+    assert len(read_metrics(tmp_path / "run")) == 5  # rank 0 had finished this update
 
 
 def test_the_first_error_is_the_one_that_is_told(settings, tmp_path):

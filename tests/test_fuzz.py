@@ -87,6 +87,7 @@ def test_files_of_any_bytes(tmp_path, content, name):
 def test_masks_cover_the_answer_and_nothing_else(rows, limit):
     """Row by row, what is masked is the answer with its end, cut to the limit; before it stands the prompt, whole."""
     tokenizer = common.toy_tokenizer()
+    rows = [("list two animals", "dog and cow."), *rows]  # one at least is left
     examples = [common.Example([{"role": "user", "content": prompt}], answer) for prompt, answer in rows]
     examples, prompts = common.fit_prompts(tokenizer, examples, 999)
     responses = common.tokenize_answers(tokenizer, [e.chosen for e in examples], limit)
@@ -94,10 +95,11 @@ def test_masks_cover_the_answer_and_nothing_else(rows, limit):
     R = batch["response_mask"].shape[1]
     end = common.end_of_turn_id(tokenizer)
     for i, example in enumerate(examples):
-        answer = tokenizer(example.chosen, add_special_tokens=False).input_ids + [end]
+        answer = tokenizer(example.chosen, add_special_tokens=False, split_special_tokens=True).input_ids + [end]
         masked = batch["input_ids"][i, -R:][batch["response_mask"][i]].tolist()
-        assert masked == answer[:limit] and 0 < len(masked) <= limit
+        assert masked == answer[:limit] and 0 < len(masked) <= limit and end not in masked[: len(answer) - 1]
         real = batch["input_ids"][i][batch["attention_mask"][i]].tolist()
         assert real == prompts[i] + masked
+        assert real.count(end) <= 1 and example.prompt[0]["content"].count("<eos>") == 0
         shown = tokenizer.apply_chat_template(example.prompt, tokenize=False, add_generation_prompt=True)
         assert prompts[i] == tokenizer(shown, add_special_tokens=False).input_ids
