@@ -855,6 +855,18 @@ def pad_batch(prompts, responses, pad_id: int, device, widths: tuple[int, int] =
     return {key: tensor.to(device) for key, tensor in batch.items()}
 
 
+def crop(input_ids, attention_mask, response_mask):
+    """The same rows `(B, P + R)`, `(B, P + R)`, `(B, R)`, without the columns in which none of them has a token."""
+    start = attention_mask.any(0).int().argmax()
+    P, R = input_ids.shape[1] - response_mask.shape[1], response_mask.sum(1).max()
+    return input_ids[:, start : P + R], attention_mask[:, start : P + R], response_mask[:, :R]
+
+
+def by_length(rows: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """`rows (N,)` of a batch `(B, T)`, short ones first: cut into micro-batches, they need little padding."""
+    return rows[attention_mask[rows].sum(1).argsort(stable=True).cpu()]
+
+
 def shuffled_batch(size: int, step: int, batch_size: int, seed: int) -> list[int]:
     """Indices of batch `step` (from 1) of an endless walk through `size` rows, shuffled anew each pass.
 

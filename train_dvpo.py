@@ -375,7 +375,8 @@ def main(args: Args) -> None:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + update)
         drawn = common.shuffled_batch(len(all_prompts), update, B, args.seed)
         prompts = [all_prompts[i] for i in drawn]
-        width = longest_prompt if update == 1 else 0  # learning is the widest at first: if memory runs out, then now
+        # Learning is the widest at first: if memory runs out, then now. Later, a micro-batch is as wide as it must be.
+        width, crop = (longest_prompt, lambda *batch: batch) if update == 1 else (0, common.crop)
         padded = common.pad(prompts, tokenizer.pad_token_id, "left", width)
         prompt_ids, prompt_mask = (x.to(device) for x in padded)  # (B, P)
         uniforms = torch.rand(B, args.response_length, generator=generator).to(device)
@@ -399,21 +400,21 @@ def main(args: Args) -> None:
             gvm_prompts = [common.condition(p, context, trajectory_length) for p, context in zip(prompts, contexts)]
             width += num_trajectories * trajectory_length if update == 1 else 0
         gvm_ids, gvm_mask = (x.to(device) for x in common.pad(gvm_prompts, tokenizer.pad_token_id, "left", width))
-        scored = []
-        with torch.no_grad():
-            for micro in mine.split(args.micro_batch_size):
-                mask = response_mask[micro]
-                batch = input_ids[micro], attention_mask[micro], mask, args.temperature
-                logprobs, _ = policy.token_logprobs(*batch)  # (micro, R)
-                ref_logprobs, _ = reference.token_logprobs(*batch)
-                conditioned = torch.cat([gvm_ids[micro], response_ids[micro]], 1)
-                gvm_values = gvm.token_values(
-                    conditioned, torch.cat([gvm_mask[micro], mask], 1), mask
-                )  # (micro, R + 1)
-                scored.append(torch.cat([logprobs, ref_logprobs, gvm_values], 1))
+        gvm_ids = torch.cat([gvm_ids, response_ids], 1)  # (B, P' + R)
+        gvm_mask = torch.cat([gvm_mask, response_mask], 1)
         R = response_mask.shape[1]
-        scored = torch.cat(scored)  # of this rank's rows
-        per_row, scored = scored.sum(1), common.all_gather(scored)
+        logprobs, ref_logprobs = torch.zeros(B, R, device=device), torch.zeros(B, R, device=device)
+        gvm_values = torch.zeros(B, R + 1, device=device)
+        with torch.no_grad():
+            for micro in common.by_length(mine, attention_mask).split(args.micro_batch_size):
+                batch = crop(input_ids[micro], attention_mask[micro], response_mask[micro])
+                r = batch[2].shape[1]  # at most R
+                logprobs[micro, :r], _ = policy.token_logprobs(*batch, args.temperature)
+                ref_logprobs[micro, :r], _ = reference.token_logprobs(*batch, args.temperature)
+                batch = crop(gvm_ids[micro], gvm_mask[micro], response_mask[micro])
+                gvm_values[micro, : r + 1] = gvm.token_values(*batch)
+        scored = torch.cat([logprobs, ref_logprobs, gvm_values], 1)  # (B, 3 R + 1), zero in other ranks' rows
+        per_row, scored = scored[mine].sum(1), common.all_sum(scored)
         common.check_finite(update, "log-probs or values are", scored, mine.tolist(), per_row)
         logprobs, ref_logprobs, gvm_values = scored.split([R, R, R + 1], 1)
         kl = logprobs - ref_logprobs  # (B, R) k1, zero outside the mask
@@ -428,14 +429,15 @@ def main(args: Args) -> None:
         shuffled = [torch.randperm(B, generator=generator) for _ in range(args.num_epochs)]
         for minibatch in [rows for epoch in shuffled for rows in epoch.chunk(args.num_minibatches)]:
             num_tokens = response_mask[minibatch].sum()  # of all ranks and micro-batches: their number does not matter
-            rows, per_row = minibatch.chunk(world_size)[rank], []
+            rows, per_row = common.by_length(minibatch.chunk(world_size)[rank], attention_mask), []
             sums = torch.zeros(6, device=device)
             for micro in rows.split(args.micro_batch_size):
-                mask = response_mask[micro]
-                new_logprobs, entropy = policy.token_logprobs(
-                    input_ids[micro], attention_mask[micro], mask, args.temperature
-                )  # (micro, R)
-                loss, ratio_sums = ppo_clip_loss(new_logprobs, logprobs[micro], advantages[micro], mask, args.clip_coef)
+                batch = crop(input_ids[micro], attention_mask[micro], response_mask[micro])
+                new_logprobs, entropy = policy.token_logprobs(*batch, args.temperature)  # (micro, r)
+                mask, r = batch[2], new_logprobs.shape[1]
+                loss, ratio_sums = ppo_clip_loss(
+                    new_logprobs, logprobs[micro, :r], advantages[micro, :r], mask, args.clip_coef
+                )
                 (loss * world_size / num_tokens).backward()  # FSDP averages over ranks, this wants the sum
                 sums += torch.stack([loss.detach(), *ratio_sums, entropy.sum()])
                 per_row.append(new_logprobs.detach().sum(1))

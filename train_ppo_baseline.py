@@ -518,7 +518,8 @@ def main(args: Args) -> None:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + update)
         drawn = common.shuffled_batch(len(all_prompts), update, B, args.seed)
         prompts = [all_prompts[i] for i in drawn]
-        width = longest_prompt if update == 1 else 0  # learning is the widest at first: if memory runs out, then now
+        # Learning is the widest at first: if memory runs out, then now. Later, a micro-batch is as wide as it must be.
+        width, crop = (longest_prompt, lambda *batch: batch) if update == 1 else (0, common.crop)
         padded = common.pad(prompts, tokenizer.pad_token_id, "left", width)
         prompt_ids, prompt_mask = (x.to(device) for x in padded)  # (B, P)
         uniforms = torch.rand(B, args.response_length, generator=generator).to(device)
@@ -534,19 +535,19 @@ def main(args: Args) -> None:
 
         # ---- 5 Score: old and reference log-probs, the RM's scores, the critic's values ------------------------------
         start = common.clock(device)
-        scored = []
-        with torch.no_grad():
-            for micro in mine.split(args.micro_batch_size):
-                mask = response_mask[micro]
-                batch = input_ids[micro], attention_mask[micro], mask
-                logprobs, _ = policy.token_logprobs(*batch, args.temperature)  # (micro, R)
-                ref_logprobs, _ = reference.token_logprobs(*batch, args.temperature)
-                scores = common.last_values(rm.token_values(*batch), mask)  # (micro,)
-                values = critic.token_values(*batch)  # (micro, R + 1)
-                scored.append(torch.cat([logprobs, ref_logprobs, values, scores[:, None]], 1))
         R = response_mask.shape[1]
-        scored = torch.cat(scored)  # of this rank's rows
-        per_row, scored = scored.sum(1), common.all_gather(scored)
+        logprobs, ref_logprobs = torch.zeros(B, R, device=device), torch.zeros(B, R, device=device)
+        values, scores = torch.zeros(B, R + 1, device=device), torch.zeros(B, 1, device=device)
+        with torch.no_grad():
+            for micro in common.by_length(mine, attention_mask).split(args.micro_batch_size):
+                batch = crop(input_ids[micro], attention_mask[micro], response_mask[micro])
+                r = batch[2].shape[1]  # at most R
+                logprobs[micro, :r], _ = policy.token_logprobs(*batch, args.temperature)
+                ref_logprobs[micro, :r], _ = reference.token_logprobs(*batch, args.temperature)
+                values[micro, : r + 1] = critic.token_values(*batch)
+                scores[micro, 0] = common.last_values(rm.token_values(*batch), batch[2])
+        scored = torch.cat([logprobs, ref_logprobs, values, scores], 1)  # (B, 3 R + 2), zero in other ranks' rows
+        per_row, scored = scored[mine].sum(1), common.all_sum(scored)
         common.check_finite(update, "log-probs, values or scores are", scored, mine.tolist(), per_row)
         logprobs, ref_logprobs, values, scores = scored.split([R, R, R + 1, 1], 1)
         kl, scores = logprobs - ref_logprobs, scores[:, 0]  # (B, R) k1, zero outside the mask; (B,)
@@ -569,18 +570,19 @@ def main(args: Args) -> None:
         shuffled = [torch.randperm(B, generator=generator) for _ in range(args.num_epochs)]
         for minibatch in [rows for epoch in shuffled for rows in epoch.chunk(args.num_minibatches)]:
             num_tokens = response_mask[minibatch].sum()  # of all ranks and micro-batches: their number does not matter
-            rows, per_row = minibatch.chunk(world_size)[rank], []
+            rows, per_row = common.by_length(minibatch.chunk(world_size)[rank], attention_mask), []
             sums = torch.zeros(8, device=device)
             for micro in rows.split(args.micro_batch_size):
-                mask = response_mask[micro]
-                new_logprobs, entropy = policy.token_logprobs(
-                    input_ids[micro], attention_mask[micro], mask, args.temperature
-                )  # (micro, R)
-                loss, ratio_sums = ppo_clip_loss(new_logprobs, logprobs[micro], advantages[micro], mask, args.clip_coef)
+                batch = crop(input_ids[micro], attention_mask[micro], response_mask[micro])
+                new_logprobs, entropy = policy.token_logprobs(*batch, args.temperature)  # (micro, r)
+                mask, r = batch[2], new_logprobs.shape[1]
+                loss, ratio_sums = ppo_clip_loss(
+                    new_logprobs, logprobs[micro, :r], advantages[micro, :r], mask, args.clip_coef
+                )
                 (loss * world_size / num_tokens).backward()  # FSDP averages over ranks, this wants the sum
-                new_values = critic.token_values(input_ids[micro], attention_mask[micro], mask)[:, :-1]  # (micro, R)
-                old_values = values[micro, :-1]
-                value_loss = clipped_value_loss(new_values, old_values, returns[micro], mask, args.value_clip_coef)
+                new_values = critic.token_values(*batch)[:, :-1]  # (micro, r)
+                old_values, target = values[micro, :r], returns[micro, :r]
+                value_loss = clipped_value_loss(new_values, old_values, target, mask, args.value_clip_coef)
                 (value_loss * world_size / num_tokens).backward()
                 drift = ((new_values.detach() - old_values) ** 2)[mask].sum()
                 sums += torch.stack([loss.detach(), *ratio_sums, entropy.sum(), value_loss.detach(), drift])

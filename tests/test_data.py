@@ -216,6 +216,18 @@ def test_prompts_that_the_template_refuses_are_dropped(capsys):
     assert "1 x refused by the chat template" in capsys.readouterr().out
 
 
+def test_micro_batches_without_needless_padding():
+    batch = common.pad_batch([[5, 6, 7], [7], [7, 8]], [[8], [9, 1, 2], [3, 4]], 0, "cpu")
+    rows = common.by_length(torch.tensor([0, 1, 2]), batch["attention_mask"])
+    assert rows.tolist() == [0, 1, 2]  # of equal length: in their order
+    ids, attention_mask, response_mask = common.crop(*(tensor[1:] for tensor in batch.values()))
+    assert ids.tolist() == [[0, 7, 9, 1, 2], [7, 8, 3, 4, 0]]
+    assert attention_mask.int().tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
+    assert response_mask.int().tolist() == [[1, 1, 1], [1, 1, 0]]
+    longer = common.pad_batch([[5, 6, 7], [7]], [[8], [9]], 0, "cpu")["attention_mask"]
+    assert common.by_length(torch.tensor([0, 1]), longer).tolist() == [1, 0]
+
+
 def test_padding_sides_and_masks():
     batch = common.pad_batch([[5, 6], [7]], [[8], [9, 1]], 0, "cpu")
     assert batch["input_ids"].tolist() == [[5, 6, 8, 0], [0, 7, 9, 1]]

@@ -628,9 +628,9 @@ def poisoned(monkeypatch, module, name, at, row):
         # One call held out after a quarter of the updates and one after half of them.
         ("train_gvm", "token_values", 7, "update 5: the loss or its gradient is not finite \\(rank 0, rows \\d+\\)"),
         # Per update: old and reference log-probs, then four steps.
-        ("train_dvpo", "token_logprobs", 25, "update 5: log-probs or values are not finite \\(rank 0, rows 2\\)"),
+        ("train_dvpo", "token_logprobs", 25, "update 5: log-probs or values are not finite \\(rank 0, rows \\d\\)"),
         ("train_dvpo", "token_logprobs", 28, "update 5: the loss or its gradient is not finite \\(rank 0, rows"),
-        ("train_dvpo", "token_values", 5, "update 5: log-probs or values are not finite \\(rank 0, rows 2\\)"),
+        ("train_dvpo", "token_values", 5, "update 5: log-probs or values are not finite \\(rank 0, rows \\d\\)"),
         ("train_ppo_baseline", "bradley_terry_loss", 5, "update 5: the loss or its gradient is not finite \\(rank 0, "),
     ],
 )
