@@ -779,46 +779,62 @@ def tokenize_prompt(tokenizer, prompt: list[dict]) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids  # the template writes its own BOS
 
 
+def control_ids(tokenizer) -> set[int]:
+    """Tokens that belong to the chat and not into a text: special ones, marks of roles, ends of turns."""
+    prompt = tokenize_prompt(tokenizer, [{"role": "user", "content": "question"}])
+    added = tokenizer.added_tokens_decoder
+    ids = {i for i, token in added.items() if token.special or (i in prompt and token.content.strip())}
+    return (ids - {tokenizer.unk_token_id}) | {end_of_turn_id(tokenizer), tokenizer.eos_token_id}
+
+
 def tokenize_answers(tokenizer, answers: list[str], max_length: int) -> list[list[int]]:
     """Token ids of answers, each with its end-of-turn token, cut to `max_length`.
 
-    Answers are tokenised after and apart from the prompt's ids: nothing merges across the border. Special tokens that
-    stand in their text are text, so an answer that quotes the end token goes on.
+    Answers are tokenised after and apart from the prompt's ids: nothing merges across the border. Control tokens in
+    their text are taken out, so that each ends once.
     """
-    end = end_of_turn_id(tokenizer)
-    texts = tokenizer(answers, add_special_tokens=False, split_special_tokens=True).input_ids if answers else []
-    tokens = [ids + [end] for ids in texts]
+    end, controls = end_of_turn_id(tokenizer), control_ids(tokenizer)
+    texts = tokenizer(answers, add_special_tokens=False).input_ids if answers else []
+    tokens = [[i for i in ids if i not in controls] + [end] for ids in texts]
+    spoilt = sum(len(ids) <= len(text) for ids, text in zip(tokens, texts))
     cut = sum(len(ids) > max_length for ids in tokens)
+    if spoilt:
+        log(f"  {spoilt} of {len(tokens)} answers had control tokens such as {tokenizer.decode([end])!r} in their text")
     if cut:
         log(f"  {cut} of {len(tokens)} answers cut to --response-length {max_length} tokens")
     return [ids[:max_length] for ids in tokens]
 
 
-def fit_prompts(tokenizer, examples: list[Example], max_length: int) -> tuple[list[Example], list[list[int]]]:
+def fit_prompts(
+    tokenizer, examples: list[Example], max_length: int, heldout: bool = False
+) -> tuple[list[Example], list[list[int]]]:
     """Examples whose prompt has at most `max_length` tokens, and those tokens; counts the others, with reasons.
 
-    A prompt with a special token in its text is left out, too: it could end a turn, or speak in another role.
+    A prompt with a control token in its text is left out, too: it could end a turn, or speak in another role. Raises
+    `UserError` when none is left, but for held-out examples.
     """
-    specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    controls = re.compile("|".join(map(re.escape, tokenizer.convert_ids_to_tokens(sorted(control_ids(tokenizer))))))
     known = {}  # a prompt often stands in many examples
     kept, tokens, dropped = [], [], Counter()
     for example in examples:
         key = str(example.prompt)
         if key not in known:
-            known[key] = tokenize_prompt(tokenizer, example.prompt)
-        if not known[key]:
-            dropped["refused by the chat template"] += 1
-        elif len(known[key]) > max_length:
-            dropped[f"longer than --max-prompt-length {max_length}"] += 1
-        elif any(special in key for special in specials):
-            dropped["with a special token of the tokenizer in its text"] += 1
+            ids, reason = tokenize_prompt(tokenizer, example.prompt), None
+            if any(controls.search(message["role"] + " " + message["content"]) for message in example.prompt):
+                reason = "with a control token of the tokenizer in its text"
+            if len(ids) > max_length:
+                reason = f"longer than --max-prompt-length {max_length}"
+            known[key] = ids, reason if ids else "refused by the chat template"
+        ids, reason = known[key]
+        if reason:
+            dropped[reason] += 1
         else:
             kept.append(example)
-            tokens.append(known[key])
+            tokens.append(ids)
     reasons = "; ".join(f"{count} x {reason}" for reason, count in dropped.most_common())
     if dropped:
         log(f"  dropped prompts: {reasons}")
-    check(kept or not examples, f"no prompt is left: {reasons}")
+    check(kept or heldout or not examples, f"no prompt is left: {reasons}")
     return kept, tokens
 
 
@@ -1384,7 +1400,7 @@ def fingerprint(sequences: Iterable[list], *models: str) -> str:
         digest.update(array("d", [len(numbers), *numbers]).tobytes())
     for path in models:
         folder = Path(cached_file(str(Path(path).expanduser()), "config.json")).parent  # a hub id's is in the cache
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in sorted(folder.glob("model*.safetensors")):  # what is loaded, as transformers names it
             digest.update(sha256(file).encode())
     return digest.hexdigest()
 

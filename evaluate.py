@@ -130,8 +130,8 @@ def fused_logprobs(hidden, weight, labels, temperature: float = 1.0, chunk_size:
     """`log softmax(hidden @ weight.T / temperature)` at `labels`, and the entropy, never holding `(N, V)` logits.
 
     `hidden (N, H)`, `weight (V, H)`, `labels (N,)`; returns `(logprobs, entropy)`, `(N,)` each in at least fp32.
-    Log-probs are differentiable in `hidden` and `weight`; the entropy is for logging and is not. Extra memory: twice
-    N x `chunk_size` floats. The softmax is summed slice by slice as in arXiv:1805.02867.
+    Log-probs are differentiable in `hidden` and `weight`; the entropy is for logging and is not. Extra memory: some
+    N x max(`chunk_size`, H) floats. The softmax is summed slice by slice as in arXiv:1805.02867.
     """
     return FusedLogprobs.apply(hidden, weight, labels, temperature, chunk_size)
 
@@ -141,7 +141,8 @@ def token_logprobs(model, input_ids, attention_mask, response_mask, temperature)
     """log pi(a_t | s_t) of every response token, and the policy's entropy there.
 
     `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`; returns two fp32 `(B, R)`, zero outside the mask.
-    Old, new and reference log-probs all come through here, so the first ratio of an update is 1 up to float error.
+    Old, new and reference log-probs all come through here, so the first ratio of an update is 1 up to the rounding of
+    the compute dtype.
     """
     R = response_mask.shape[1]
     hidden = model.base_model(
@@ -252,10 +253,15 @@ class Answer:
 
 # Copied from train_gvm.tokenize
 def tokenize(
-    tokenizer, examples: list[common.Example], label_source: str, max_prompt_length: int, response_length: int
+    tokenizer,
+    examples: list[common.Example],
+    label_source: str,
+    max_prompt_length: int,
+    response_length: int,
+    heldout: bool = False,
 ):
     """Answers in dataset order, and how many of them belong together: 2 (chosen, rejected, chosen, ...) or 1."""
-    examples, prompts = common.fit_prompts(tokenizer, examples, max_prompt_length)
+    examples, prompts = common.fit_prompts(tokenizer, examples, max_prompt_length, heldout)
     sides = ("chosen", "rejected") if examples and examples[0].rejected is not None else ("chosen",)
     texts = [getattr(e, side) for e in examples for side in sides]
     responses = iter(common.tokenize_answers(tokenizer, texts, response_length))
@@ -335,8 +341,9 @@ def sample(policy, reference, gvm, prompts: list[list[int]], end_ids, pad_id: in
         response_ids, response_mask = generate(
             policy, prompt_ids, prompt_mask, uniforms[rows].to(device), end_ids, pad_id, args.temperature
         )
-        batch = (torch.cat([prompt_ids, response_ids], 1), torch.cat([prompt_mask, response_mask], 1), response_mask)
-        logprobs, _ = policy.token_logprobs(*batch, args.temperature)  # (rows, R)
+        batch = torch.cat([prompt_ids, response_ids], 1), torch.cat([prompt_mask, response_mask], 1), response_mask
+        batch = common.crop(*batch)
+        logprobs, _ = policy.token_logprobs(*batch, args.temperature)  # (rows, r), r at most R
         ref_logprobs, _ = reference.token_logprobs(*batch, args.temperature)
         kl = (logprobs - ref_logprobs).sum(1)  # (rows,)
         ended = torch.isin(response_ids.gather(1, response_mask.sum(1, keepdim=True) - 1)[:, 0], end_ids)
@@ -464,7 +471,7 @@ def main(args: Args) -> None:
     # ---- 5 GVM: held-out pairs ---------------------------------------------------------------------------------------
     rated = [e for e in heldout if e.chosen and e.rejected and e.chosen != e.rejected]
     if gvm is not None and rated:
-        judged, _ = tokenize(tokenizer, rated, "preference", args.max_prompt_length, args.response_length)
+        judged, _ = tokenize(tokenizer, rated, "preference", args.max_prompt_length, args.response_length, heldout=True)
         known = all(answer.policy for answer in judged) or gvm.config.num_context_trajectories == 0
         common.check(known, f"{args.gvm_path} is conditioned on trajectories, but {args.dataset} does not say who wrote"
                      " each answer (chosen_policy, rejected_policy); use --gvm-path None")  # fmt: skip

@@ -141,8 +141,8 @@ def fused_logprobs(hidden, weight, labels, temperature: float = 1.0, chunk_size:
     """`log softmax(hidden @ weight.T / temperature)` at `labels`, and the entropy, never holding `(N, V)` logits.
 
     `hidden (N, H)`, `weight (V, H)`, `labels (N,)`; returns `(logprobs, entropy)`, `(N,)` each in at least fp32.
-    Log-probs are differentiable in `hidden` and `weight`; the entropy is for logging and is not. Extra memory: twice
-    N x `chunk_size` floats. The softmax is summed slice by slice as in arXiv:1805.02867.
+    Log-probs are differentiable in `hidden` and `weight`; the entropy is for logging and is not. Extra memory: some
+    N x max(`chunk_size`, H) floats. The softmax is summed slice by slice as in arXiv:1805.02867.
     """
     return FusedLogprobs.apply(hidden, weight, labels, temperature, chunk_size)
 
@@ -152,7 +152,8 @@ def token_logprobs(model, input_ids, attention_mask, response_mask, temperature)
     """log pi(a_t | s_t) of every response token, and the policy's entropy there.
 
     `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`; returns two fp32 `(B, R)`, zero outside the mask.
-    Old, new and reference log-probs all come through here, so the first ratio of an update is 1 up to float error.
+    Old, new and reference log-probs all come through here, so the first ratio of an update is 1 up to the rounding of
+    the compute dtype.
     """
     R = response_mask.shape[1]
     hidden = model.base_model(
@@ -194,9 +195,11 @@ def full_state_dict(model, dtype: torch.dtype) -> dict:
 
 
 # ---- Data and held-out loss ------------------------------------------------------------------------------------------
-def demonstrations(tokenizer, examples: list[common.Example], both: bool, args: Args) -> list[common.Trajectory]:
+def demonstrations(
+    tokenizer, examples: list[common.Example], both: bool, args: Args, heldout: bool = False
+) -> list[common.Trajectory]:
     """(prompt ids, response ids) of the chosen answers, or of both answers of every pair."""
-    examples, prompts = common.fit_prompts(tokenizer, examples, args.max_prompt_length)
+    examples, prompts = common.fit_prompts(tokenizer, examples, args.max_prompt_length, heldout)
     sides = ("chosen", "rejected") if both else ("chosen",)
     rows = [(p, getattr(e, side)) for p, e in zip(prompts, examples) for side in sides if getattr(e, side)]
     return list(
@@ -241,7 +244,7 @@ def main(args: Args) -> None:
     examples, heldout = common.load_examples(args.dataset, needs="answers")
     both = args.answers == "both" or (args.answers == "auto" and args.dataset == "toy")
     train_set = demonstrations(tokenizer, examples[: args.num_examples], both, args)
-    heldout_set = demonstrations(tokenizer, heldout[:512], both, args)
+    heldout_set = demonstrations(tokenizer, heldout[:512], both, args, heldout=True)
     common.log(f"{len(train_set)} answers to learn, {len(heldout_set)} held out; the first:")
     common.show_example(tokenizer, *train_set[0])
 

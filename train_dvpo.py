@@ -171,8 +171,8 @@ def fused_logprobs(hidden, weight, labels, temperature: float = 1.0, chunk_size:
     """`log softmax(hidden @ weight.T / temperature)` at `labels`, and the entropy, never holding `(N, V)` logits.
 
     `hidden (N, H)`, `weight (V, H)`, `labels (N,)`; returns `(logprobs, entropy)`, `(N,)` each in at least fp32.
-    Log-probs are differentiable in `hidden` and `weight`; the entropy is for logging and is not. Extra memory: twice
-    N x `chunk_size` floats. The softmax is summed slice by slice as in arXiv:1805.02867.
+    Log-probs are differentiable in `hidden` and `weight`; the entropy is for logging and is not. Extra memory: some
+    N x max(`chunk_size`, H) floats. The softmax is summed slice by slice as in arXiv:1805.02867.
     """
     return FusedLogprobs.apply(hidden, weight, labels, temperature, chunk_size)
 
@@ -181,7 +181,8 @@ def token_logprobs(model, input_ids, attention_mask, response_mask, temperature)
     """log pi(a_t | s_t) of every response token, and the policy's entropy there.
 
     `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`; returns two fp32 `(B, R)`, zero outside the mask.
-    Old, new and reference log-probs all come through here, so the first ratio of an update is 1 up to float error.
+    Old, new and reference log-probs all come through here, so the first ratio of an update is 1 up to the rounding of
+    the compute dtype.
     """
     R = response_mask.shape[1]
     hidden = model.base_model(

@@ -168,10 +168,15 @@ class Answer:
 
 
 def tokenize(
-    tokenizer, examples: list[common.Example], label_source: str, max_prompt_length: int, response_length: int
+    tokenizer,
+    examples: list[common.Example],
+    label_source: str,
+    max_prompt_length: int,
+    response_length: int,
+    heldout: bool = False,
 ):
     """Answers in dataset order, and how many of them belong together: 2 (chosen, rejected, chosen, ...) or 1."""
-    examples, prompts = common.fit_prompts(tokenizer, examples, max_prompt_length)
+    examples, prompts = common.fit_prompts(tokenizer, examples, max_prompt_length, heldout)
     sides = ("chosen", "rejected") if examples and examples[0].rejected is not None else ("chosen",)
     texts = [getattr(e, side) for e in examples for side in sides]
     responses = iter(common.tokenize_answers(tokenizer, texts, response_length))
@@ -246,7 +251,7 @@ def main(args: Args) -> None:
     limits = args.label_source, args.max_prompt_length, args.response_length
     train_set, group = tokenize(tokenizer, examples[: args.num_examples], *limits)
     common.check_divides(group, "--micro-batch-size", args.micro_batch_size)  # a pair is seen in one piece
-    heldout_set, _ = tokenize(tokenizer, heldout, *limits)
+    heldout_set, _ = tokenize(tokenizer, heldout, *limits, heldout=True)
     outcomes = torch.tensor([answer.label for answer in heldout_set])
     pairs = torch.arange(len(heldout_set) if group == 2 else 0).view(-1, 2)  # (pairs, 2): good, bad
     if args.label_source == "score":

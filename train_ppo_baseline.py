@@ -197,8 +197,8 @@ def fused_logprobs(hidden, weight, labels, temperature: float = 1.0, chunk_size:
     """`log softmax(hidden @ weight.T / temperature)` at `labels`, and the entropy, never holding `(N, V)` logits.
 
     `hidden (N, H)`, `weight (V, H)`, `labels (N,)`; returns `(logprobs, entropy)`, `(N,)` each in at least fp32.
-    Log-probs are differentiable in `hidden` and `weight`; the entropy is for logging and is not. Extra memory: twice
-    N x `chunk_size` floats. The softmax is summed slice by slice as in arXiv:1805.02867.
+    Log-probs are differentiable in `hidden` and `weight`; the entropy is for logging and is not. Extra memory: some
+    N x max(`chunk_size`, H) floats. The softmax is summed slice by slice as in arXiv:1805.02867.
     """
     return FusedLogprobs.apply(hidden, weight, labels, temperature, chunk_size)
 
@@ -208,7 +208,8 @@ def token_logprobs(model, input_ids, attention_mask, response_mask, temperature)
     """log pi(a_t | s_t) of every response token, and the policy's entropy there.
 
     `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`; returns two fp32 `(B, R)`, zero outside the mask.
-    Old, new and reference log-probs all come through here, so the first ratio of an update is 1 up to float error.
+    Old, new and reference log-probs all come through here, so the first ratio of an update is 1 up to the rounding of
+    the compute dtype.
     """
     R = response_mask.shape[1]
     hidden = model.base_model(
@@ -359,9 +360,11 @@ def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, tem
 
 
 # ---- Reward model ----------------------------------------------------------------------------------------------------
-def tokenize_pairs(tokenizer, examples, max_prompt_length: int, response_length: int) -> list[common.Trajectory]:
+def tokenize_pairs(
+    tokenizer, examples, max_prompt_length: int, response_length: int, heldout: bool = False
+) -> list[common.Trajectory]:
     """Prompt and response tokens of both answers of each pair: chosen, rejected, chosen, ..."""
-    examples, prompts = common.fit_prompts(tokenizer, examples, max_prompt_length)
+    examples, prompts = common.fit_prompts(tokenizer, examples, max_prompt_length, heldout)
     texts = [text for example in examples for text in (example.chosen, example.rejected)]
     responses = common.tokenize_answers(tokenizer, texts, response_length)
     return [(prompts[i // 2], response) for i, response in enumerate(responses)]

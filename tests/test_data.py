@@ -165,18 +165,40 @@ def test_prompt_and_answer_tokens():
     assert common.tokenize_answers(tokenizer, ["dog and cow."], 2) == [answer[:2]]  # cut, without an end
 
 
-def test_special_tokens_in_a_text_are_text(capsys):
-    """An answer that quotes the end token goes on; a prompt that could speak in another role is left out."""
+def test_control_tokens_in_a_text(capsys):
+    """An answer ends once, whatever it quotes; a prompt that could speak in another role is left out."""
     tokenizer = common.toy_tokenizer()
-    (answer,) = common.tokenize_answers(tokenizer, ["dog<eos>and <assistant> cow."], 20)
-    assert not set(answer[:-1]) & {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(["<user>", "<assistant>"])}
-    assert tokenizer("a <eos>").input_ids[-1] == tokenizer.eos_token_id  # what the template writes still is one
+    plain, quoting, unknown = common.tokenize_answers(
+        tokenizer, ["dog and cow.", "dog<eos> and <user>cow.<eos>", "hm"], 20
+    )
+    assert plain == quoting and plain.count(tokenizer.eos_token_id) == 1
+    assert unknown == [tokenizer.unk_token_id, tokenizer.eos_token_id]  # a word that is not known is no control token
+    assert "1 of 3 answers had control tokens such as '<eos>' in their text" in capsys.readouterr().out
     good, bad, role = (
         common.Example([{"role": role, "content": content}])
         for role, content in (("user", "list"), ("user", "list<assistant>"), ("<assistant>", "list"))
     )
     assert common.fit_prompts(tokenizer, [good, bad, role], 9)[0] == [good]
-    assert "dropped prompts: 2 x with a special token" in capsys.readouterr().out
+    assert "dropped prompts: 2 x with a control token" in capsys.readouterr().out
+    assert common.fit_prompts(tokenizer, [bad], 9, heldout=True) == ([], [])
+    with pytest.raises(common.UserError, match="no prompt is left: 1 x with a control token"):
+        common.fit_prompts(tokenizer, [bad], 9)
+
+
+def test_control_tokens_that_are_not_called_special():
+    """DeepSeek's marks of roles and some ChatML models' are plain added tokens."""
+    tokenizer = common.toy_tokenizer()
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "<think>", "\n\n"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n\n{{ m['content'] }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+    )
+    marks = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    others = set(tokenizer.convert_tokens_to_ids(["<think>", "\n\n", "<unk>"]))
+    controls = common.control_ids(tokenizer)
+    assert set(marks) <= controls and not others & controls
+    (answer,) = common.tokenize_answers(tokenizer, ["<think>dog<|im_end|><|im_start|>user"], 20)
+    assert answer[-1] == marks[1] and answer.count(marks[1]) == 1 and marks[0] not in answer
 
 
 @pytest.mark.parametrize("tail, expected", [("<eos>", "<eos>"), ("<user>\n", "<user>"), ("\n", "<eos>")])
@@ -209,7 +231,9 @@ def test_a_base_model_without_template_keeps_its_first_token(tmp_path, tiny_mode
 
 def test_prompts_that_the_template_refuses_are_dropped(capsys):
     tokenizer = common.toy_tokenizer()
-    tokenizer.chat_template = "{{ raise_exception('no system') if messages[0]['role'] == 'system' else 'list' }}"
+    tokenizer.chat_template = (
+        "{{ raise_exception('no system') if messages[0]['role'] == 'system' else messages[-1]['content'] }}"
+    )
     bad = common.Example([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}])
     good = common.Example([{"role": "user", "content": "b"}])
     assert common.fit_prompts(tokenizer, [bad, good], 9)[0] == [good]
@@ -221,9 +245,13 @@ def test_micro_batches_without_needless_padding():
     rows = common.by_length(torch.tensor([0, 1, 2]), batch["attention_mask"])
     assert rows.tolist() == [0, 1, 2]  # of equal length: in their order
     ids, attention_mask, response_mask = common.crop(*(tensor[1:] for tensor in batch.values()))
-    assert ids.tolist() == [[0, 7, 9, 1, 2], [7, 8, 3, 4, 0]]
+    assert ids.tolist() == [[0, 7, 9, 1, 2], [7, 8, 3, 4, 0]]  # of the prompts
     assert attention_mask.int().tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
     assert response_mask.int().tolist() == [[1, 1, 1], [1, 1, 0]]
+    ids, attention_mask, response_mask = common.crop(*(tensor[[0, 2]] for tensor in batch.values()))
+    assert ids.tolist() == [[5, 6, 7, 8, 0], [0, 7, 8, 3, 4]]  # of the answers
+    assert attention_mask.int().tolist() == [[1, 1, 1, 1, 0], [0, 1, 1, 1, 1]]
+    assert response_mask.int().tolist() == [[1, 0], [1, 1]]
     longer = common.pad_batch([[5, 6, 7], [7]], [[8], [9]], 0, "cpu")["attention_mask"]
     assert common.by_length(torch.tensor([0, 1]), longer).tolist() == [1, 0]
 

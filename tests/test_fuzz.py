@@ -95,7 +95,8 @@ def test_masks_cover_the_answer_and_nothing_else(rows, limit):
     R = batch["response_mask"].shape[1]
     end = common.end_of_turn_id(tokenizer)
     for i, example in enumerate(examples):
-        answer = tokenizer(example.chosen, add_special_tokens=False, split_special_tokens=True).input_ids + [end]
+        ids = tokenizer(example.chosen, add_special_tokens=False).input_ids
+        answer = [i for i in ids if i not in (0, 1, 3, 4)] + [end]  # <pad>, <eos>, <user> and <assistant> taken out
         masked = batch["input_ids"][i, -R:][batch["response_mask"][i]].tolist()
         assert masked == answer[:limit] and 0 < len(masked) <= limit and end not in masked[: len(answer) - 1]
         real = batch["input_ids"][i][batch["attention_mask"][i]].tolist()

@@ -1,6 +1,7 @@
 """The real scripts at tiny sizes: end to end, one rank against two, one micro-batch against several."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -237,7 +238,7 @@ def test_ranks_and_micro_batches_do_not_change_a_run(
         "sft": ["--model-path", tiny_model, "--num-examples", 32, "--num-epochs", 1, "--batch-size", 16],
         "train_gvm": ["--model-path", tiny_model, "--num-examples", 16, "--num-epochs", 1, "--batch-size", 16,
                       "--num-context-trajectories", 2],
-        "train_dvpo": ["--model-path", tiny_model, "--gvm-path", tiny_gvm, "--num-updates", 3,
+        "train_dvpo": ["--model-path", tiny_model, "--gvm-path", conditioned(tiny_gvm, tmp_path), "--num-updates", 3,
                        "--rollout-batch-size", 16],
         "train_ppo_baseline": ["--model-path", tiny_model, "--dataset", some_pairs, "--reward-batch-size", 16,
                                "--reward-output-dir", tmp_path / "rm", "--num-updates", 3, "--rollout-batch-size", 16,
@@ -259,6 +260,15 @@ def test_ranks_and_micro_batches_do_not_change_a_run(
                         ranks=extra.get("ranks", 1))  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     assert_same_run(same_run_cache[script], tmp_path / "other", keys)
+
+
+def conditioned(gvm, tmp_path):
+    """A copy of `gvm` that says it was trained on two trajectories."""
+    shutil.copytree(gvm, tmp_path / "gvm")
+    config = json.loads((tmp_path / "gvm/config.json").read_text())
+    config.update(num_context_trajectories=2, context_trajectory_length=24)
+    (tmp_path / "gvm/config.json").write_text(json.dumps(config))
+    return tmp_path / "gvm"
 
 
 @pytest.fixture(scope="module")
