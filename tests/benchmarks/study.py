@@ -35,7 +35,7 @@ import tyro  # noqa: E402
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "peers")]
 
-EXPERIMENTS = ("tuning", "base", "frontier", "gvm", "advantage", "stability", "unreliable")
+EXPERIMENTS = ("tuning", "base", "frontier", "gvm", "advantage", "verdict", "stability", "unreliable")
 COEFS = {  # of the KL to the reference: kl_coef (DVPO, PPO), beta (GRPO, DPO)
     "dvpo": (0.2, 0.1, 0.05, 0.025, 0.0125),
     "ppo": (0.4, 0.2, 0.1, 0.05, 0.025),
@@ -69,7 +69,7 @@ ADVANTAGES = {
 
 
 TUNING_SEED = 100  # of runs that only choose settings
-NUM_SEEDS = {"gvm": 3, "advantage": 3, "stability": 3}  # of the seeds asked for; the others take all
+NUM_SEEDS = {"gvm": 3, "advantage": 3, "verdict": 3, "stability": 3}  # of the seeds asked for; the others take all
 TUNING = {  # all that was tried; the defaults are the best of it
     "dvpo": (
         {"learning_rate": 1e-4},
@@ -158,12 +158,15 @@ def cells(experiment: str, seed: int) -> list[Cell]:
         flag = {"dvpo": "kl_coef", "ppo": "kl_coef", "grpo": "beta", "dpo": "beta"}
         return [train(method, f"{flag[method]}={coef:g}", {flag[method]: coef}, coef=coef)
                 for method in COEFS for coef in COEFS[method] if coef != DEFAULT.get(method)]  # fmt: skip
-    if experiment == "gvm":
+    if experiment in ("gvm", "verdict"):
         made = []
-        for setting, flags in GVMS.items():
+        # "verdict": is it the frozen GVM's judgement that holds DVPO back at small coefficients?
+        small = [(setting, coef) for setting in ("from RM", "scores") for coef in COEFS["dvpo"][-2:]]
+        for setting, coef in small if experiment == "verdict" else [(setting, None) for setting in GVMS]:
             folder = "gvm-" + setting.replace("/", "_").replace(" ", "_")
-            cell = train("dvpo", setting, {}, gvm=folder, coef=DEFAULT["dvpo"])
-            cell.stages.insert(0, ("train_gvm", {"output_dir": folder, **flags}))
+            name, flags = (f"{setting}, kl_coef={coef:g}", {"kl_coef": coef}) if coef else (setting, {})
+            cell = train("dvpo", name, flags, gvm=folder, coef=coef or DEFAULT["dvpo"])
+            cell.stages.insert(0, ("train_gvm", {"output_dir": folder, **GVMS[setting]}))
             cell.gvm = folder
             made.append(cell)
         return made

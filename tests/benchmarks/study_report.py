@@ -285,6 +285,7 @@ def main(args: Args) -> None:
     critics(rows, folder, plt)
     value_models(rows)
     simple(rows, "Advantage estimator", "advantage")
+    simple(rows, "Is it the verdict? DVPO at small coefficients, with other value models", "verdict")
     simple(rows, "Stability: learning rates", "stability")
     exploited(rows)
     simple(rows, "Tuning: one seed that no other table uses", "tuning")
