@@ -1364,6 +1364,7 @@ class Run:
                 "every update: `metrics.jsonl`.\n"
             )
             for file in sorted(unfinished.iterdir(), key=lambda file: file.name == "config.json"):  # last: finished
+                shutil.copymode(unfinished / "config.json", file)  # safetensors lets only the owner read its files
                 os.replace(file, self.folder / file.name)
             unfinished.rmdir()
             log(f"saved {self.folder} after {time.time() - self.started:.0f} s")

@@ -105,6 +105,7 @@ def test_outputs_load_and_tell_how_they_were_made(chain):
         assert json.loads((folder / "args.json").read_text())["output_dir"] == str(folder)
         assert "python " in (folder / "README.md").read_text() and list(folder.glob("*.py"))
         assert not list(folder.glob("*.bin")) and not (folder / ".unfinished").exists()
+        assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
 
 
 def test_the_checkpoint_knows_its_end_and_its_dtype(tiny_model, tiny_gvm, tmp_path):
