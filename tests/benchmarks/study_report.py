@@ -109,23 +109,36 @@ def frontier(rows: list[dict], folder: Path, plt) -> None:
     axis.legend()
     figure.savefig(folder / "frontier.svg", bbox_inches="tight", metadata={"Date": None})
 
-    curves = {method: defaultdict(list) for method in NAMES}  # per seed, in the order of the coefficients
-    for method, settings in points.items():
-        for row in (row for members in settings for row in members):
-            curves[method][row["seed"]].append((row["policy"]["kl"], row["policy"]["gold"]["mean"]))
     print("\n## Gold at equal KL, DVPO less the other, seed by seed (linear between neighbouring coefficients)")
-    lines = []
-    for kl in (0.95, 1.0, 1.5, 2.0, 2.5, 3.0):
-        cells = [f"{kl:g}"]
-        for other in ("ppo", "grpo", "dpo"):
-            seeds = [s for s in curves[other] if min(len(curves[other][s]), len(curves["dvpo"][s])) > 1]
-            pairs = [(interpolate(curves["dvpo"][s], kl), interpolate(curves[other][s], kl)) for s in seeds]
-            if len(pairs) < 2 or None in (gold for pair in pairs for gold in pair):
-                cells.append("-")  # not all seeds have runs on both sides
-                continue
-            cells.append(paired(*zip(*pairs)))
-        lines.append(cells)
+    curves = {method: by_seed(row for members in settings for row in members) for method, settings in points.items()}
+    lines = [[f"{kl:g}", *(at_equal_kl(curves["dvpo"], curves[other], kl) for other in ("ppo", "grpo", "dpo"))]
+             for kl in (0.95, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)]  # fmt: skip
     table("KL | PPO | GRPO (TRL) | DPO (TRL)", lines)
+
+    simple(rows, "Is it the verdict? DVPO at small coefficients, with other value models", "verdict")
+    print("\n## DVPO with other value models less PPO, at equal KL, seed by seed")
+    settings = ("1,500 updates more", "from RM", "scores")
+    curves |= {name: by_seed(row for row in rows if row["method"] == "dvpo" and row["experiment"] in ("gvm", "verdict")
+                             and row["setting"].split(", kl_coef")[0] == name) for name in settings}  # fmt: skip
+    lines = [[f"{kl:g}", *(at_equal_kl(curves[name], curves["ppo"], kl) for name in ("dvpo", *settings))]
+             for kl in (3.0, 3.5, 4.0, 4.5)]  # fmt: skip
+    table(f"KL | default | {' | '.join(settings)}", lines)
+
+
+def by_seed(rows) -> dict[int, list[tuple[float, float]]]:
+    """(KL, gold) of the runs of each seed, in the order of their coefficients."""
+    curves = defaultdict(list)
+    for row in sorted(rows, key=lambda row: -(row["coef"] or 0)):
+        curves[row["seed"]].append((row["policy"]["kl"], row["policy"]["gold"]["mean"]))
+    return curves
+
+
+def at_equal_kl(curves: dict, others: dict, kl: float) -> str:
+    """Paired difference over the seeds that both have; "-" where one of them has no runs on both sides of `kl`."""
+    seeds = [seed for seed in curves if seed in others and min(len(curves[seed]), len(others[seed])) > 1]
+    pairs = [(interpolate(curves[seed], kl), interpolate(others[seed], kl)) for seed in seeds]
+    incomplete = len(pairs) < 2 or None in (gold for pair in pairs for gold in pair)
+    return "-" if incomplete else paired(*zip(*pairs))
 
 
 def interpolate(curve: list[tuple[float, float]], kl: float) -> float | None:
@@ -285,7 +298,6 @@ def main(args: Args) -> None:
     critics(rows, folder, plt)
     value_models(rows)
     simple(rows, "Advantage estimator", "advantage")
-    simple(rows, "Is it the verdict? DVPO at small coefficients, with other value models", "verdict")
     simple(rows, "Stability: learning rates", "stability")
     exploited(rows)
     simple(rows, "Tuning: one seed that no other table uses", "tuning")
