@@ -161,9 +161,9 @@ def cells(experiment: str, seed: int) -> list[Cell]:
     if experiment in ("gvm", "verdict"):
         made = []
         # "verdict": is it the frozen GVM's judgement that holds DVPO back at small coefficients?
-        small = [
-            (setting, coef) for setting in ("1,500 updates more", "from RM", "scores") for coef in COEFS["dvpo"][-2:]
-        ]
+        # Side by side stand runs of different value models: two that lack the same one would both train it.
+        settings = ("1,500 updates more", "from RM", "scores")
+        small = [(setting, coef) for coef in COEFS["dvpo"][-2:] for setting in settings]
         for setting, coef in small if experiment == "verdict" else [(setting, None) for setting in GVMS]:
             folder = "gvm-" + setting.replace("/", "_").replace(" ", "_")
             name, flags = (f"{setting}, kl_coef={coef:g}", {"kl_coef": coef}) if coef else (setting, {})
