@@ -4,7 +4,7 @@ Against PPO-RLHF this script has no reward model, no critic, no value loss and n
 
     rollout     the policy answers prompts
     score       old and reference log-probs of the answers; the frozen GVM's value at every token
-    advantages  GAE over those values, bootstrapped by the GVM to the very end of each answer
+    advantages  GAE over those values, bootstrapped by the GVM to the very end of each answer, centred per token
     update      PPO-clip on the policy alone, some epochs of minibatches
 
     python train_dvpo.py                                                       # embedded task, after sft and train_gvm
@@ -72,8 +72,8 @@ class Args:
     """answers sampled at once (per rank); None is all; lower it when out of memory, results stay the same"""
 
     # Advantages
-    advantage: Literal["gae", "q", "released"] = "gae"
-    """gae: bootstrapped to the end by the GVM; q: the paper's static Q; released: the authors' code"""
+    advantage: Literal["gae", "gae_uncentered", "q", "released"] = "gae"
+    """gae: bootstrapped by the GVM and centred per token; q: the paper's static Q; released: the authors' code"""
     gamma: float = 1.0
     """discount per token (released code: 1)"""
     gae_lambda: float = 0.95
@@ -215,10 +215,16 @@ def dvpo_advantages(gvm_values, kl, mask, estimator: str, gamma: float, lam: flo
     `gvm_values (B, R + 1)`, `kl (B, R)` log-ratio of policy to reference, `mask (B, R)`; returns `(B, R)`, whitened.
     """
     rewards = -kl_coef * kl  # (B, R) the only reward: what the answer is worth is in the values
-    if estimator == "gae":
+    if estimator in ("gae", "gae_uncentered"):
         # DEVIATION: the paper takes Q itself. GAE subtracts V(s_t) and, bootstrapped by the GVM's judgement of the
         # finished answer, adds up to that judgement: the values serve as baseline and as verdict.
-        advantages = common.gae(gvm_values, rewards, mask, gamma, lam)
+        advantages = common.gae(gvm_values, rewards, mask, gamma, lam)  # (B, R)
+        if estimator == "gae":
+            # DEVIATION: frozen values fall behind a policy that gets better, and the further, the less of an answer
+            # they have seen. The batch's other answers show by how much: their mean advantage at the same token brings
+            # the baseline up to date, as a critic would be, and without bias, for an answer has no part in its own.
+            num_others = mask.sum(0) - 1  # (R,)
+            advantages = advantages - (advantages.sum(0) - advantages) / num_others.clamp(min=1)
     elif estimator == "q":
         advantages = rewards + gamma * gvm_values[:, 1:]  # static Q(s_t, a_t), no baseline
     else:

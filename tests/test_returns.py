@@ -106,6 +106,7 @@ def probability_of_ending_after_one_step(estimator: str) -> float:
 
 def test_gae_rewards_ending_a_good_answer_and_the_released_estimator_punishes_it():
     assert probability_of_ending_after_one_step("gae") > 0.5
+    assert probability_of_ending_after_one_step("gae_uncentered") > 0.5
     assert probability_of_ending_after_one_step("q") > 0.5
     assert probability_of_ending_after_one_step("released") < 0.5
 
@@ -114,9 +115,33 @@ def test_the_kl_reward_has_the_right_sign():
     """Tokens that the reference finds unlikely lose."""
     mask = torch.ones(1, 2, dtype=torch.bool)
     kl = torch.tensor([[2.0, -2.0]])
-    for estimator in ("gae", "q", "released"):
+    for estimator in ("gae", "gae_uncentered", "q", "released"):
         advantages = train_dvpo.dvpo_advantages(torch.zeros(1, 3), kl, mask, estimator, 1.0, 0.0, 0.1)
         assert advantages[0, 0] < 0 < advantages[0, 1]
+
+
+def test_centring_equals_a_plain_loop():
+    """Less the mean over the other answers that reach the token; an answer that alone reaches it stays as it is."""
+    values, kl = random_case()
+    uncentered = common.gae(values, -0.1 * kl, MASK, 1.0, 0.95)
+    expected = uncentered.clone()
+    for t in range(5):
+        for b in range(3):
+            others = [uncentered[i, t] for i in range(3) if i != b and MASK[i, t]]
+            expected[b, t] -= sum(others) / len(others) if others else 0.0
+    advantages = train_dvpo.dvpo_advantages(values, kl, MASK, "gae", 1.0, 0.95, 0.1)
+    torch.testing.assert_close(advantages, common.masked_whiten(expected, MASK))
+
+
+def test_centring_makes_values_that_have_fallen_behind_as_good_as_current_ones():
+    """What the frozen values miss at every answer alike must not move the policy; uncentred, it does."""
+    generator = torch.Generator().manual_seed(0)
+    mask, kl = torch.ones(8, 5, dtype=torch.bool), torch.zeros(8, 5)
+    current = torch.randn(8, 6, generator=generator)
+    behind = current - torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])  # nothing is missed at the end
+    for estimator, same in (("gae", True), ("gae_uncentered", False)):
+        a, b = (train_dvpo.dvpo_advantages(v, kl, mask, estimator, 1.0, 0.95, 0.1) for v in (current, behind))
+        assert torch.allclose(a, b, atol=1e-5) is same
 
 
 def test_ppo_clip_by_hand():

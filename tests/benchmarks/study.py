@@ -35,7 +35,7 @@ import tyro  # noqa: E402
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "peers")]
 
-EXPERIMENTS = ("tuning", "base", "frontier", "gvm", "advantage", "verdict", "stability", "unreliable")
+EXPERIMENTS = ("tuning", "base", "frontier", "uncentered", "advantage", "gvm", "stability", "unreliable")
 COEFS = {  # of the KL to the reference: kl_coef (DVPO, PPO), beta (GRPO, DPO)
     "dvpo": (0.2, 0.1, 0.05, 0.025, 0.0125),
     "ppo": (0.4, 0.2, 0.1, 0.05, 0.025),
@@ -44,7 +44,7 @@ COEFS = {  # of the KL to the reference: kl_coef (DVPO, PPO), beta (GRPO, DPO)
 }
 DEFAULT = {"dvpo": 0.05, "ppo": 0.1}
 RATES = (3e-4, 1.2e-3)  # half and twice the default
-GVMS = {  # the value model changed; all take the same number of passes through their pairs
+GVMS = {  # the value model changed; three passes through its pairs where nothing else is said
     "paper's loss": {"td_lambda": 0.0, "bt_coef": 0.0},
     "td_lambda=0": {"td_lambda": 0.0},
     "td_lambda=0.5": {"td_lambda": 0.5},
@@ -55,6 +55,8 @@ GVMS = {  # the value model changed; all take the same number of passes through 
     "from RM": {"model_path": "rm"},
     "1/16 of the pairs": {"num_examples": 1_000},
     "1/4 of the pairs": {"num_examples": 4_000},
+    "1/4 of the pairs, as many updates": {"num_examples": 4_000, "num_epochs": 12},
+    "twice the passes": {"num_epochs": 6},
     "1,500 updates more": {"model_path": "gvm", "num_epochs": 3},
     "1,500 updates more, K=1": {"model_path": "gvm", "num_epochs": 3, "num_context_trajectories": 1},
     "1,500 updates more, K=3": {"model_path": "gvm", "num_epochs": 3, "num_context_trajectories": 3},
@@ -69,7 +71,8 @@ ADVANTAGES = {
 
 
 TUNING_SEED = 100  # of runs that only choose settings
-NUM_SEEDS = {"gvm": 3, "advantage": 3, "verdict": 3, "stability": 3}  # of the seeds asked for; the others take all
+# Of the seeds asked for; the others take all.
+NUM_SEEDS = {"uncentered": 3, "advantage": 3, "gvm": 3, "stability": 3, "unreliable": 3}
 TUNING = {  # all that was tried; the defaults are the best of it
     "dvpo": (
         {"learning_rate": 1e-4},
@@ -158,17 +161,15 @@ def cells(experiment: str, seed: int) -> list[Cell]:
         flag = {"dvpo": "kl_coef", "ppo": "kl_coef", "grpo": "beta", "dpo": "beta"}
         return [train(method, f"{flag[method]}={coef:g}", {flag[method]: coef}, coef=coef)
                 for method in COEFS for coef in COEFS[method] if coef != DEFAULT.get(method)]  # fmt: skip
-    if experiment in ("gvm", "verdict"):
+    if experiment == "uncentered":
+        return [train("dvpo", f"gae_uncentered, kl_coef={coef:g}", {"advantage": "gae_uncentered", "kl_coef": coef},
+                      coef=coef) for coef in COEFS["dvpo"]]  # fmt: skip
+    if experiment == "gvm":
         made = []
-        # "verdict": is it the frozen GVM's judgement that holds DVPO back at small coefficients?
-        # Side by side stand runs of different value models: two that lack the same one would both train it.
-        settings = ("1,500 updates more", "from RM", "scores")
-        small = [(setting, coef) for coef in COEFS["dvpo"][-2:] for setting in settings]
-        for setting, coef in small if experiment == "verdict" else [(setting, None) for setting in GVMS]:
+        for setting, flags in GVMS.items():
             folder = "gvm-" + setting.replace("/", "_").replace(" ", "_")
-            name, flags = (f"{setting}, kl_coef={coef:g}", {"kl_coef": coef}) if coef else (setting, {})
-            cell = train("dvpo", name, flags, gvm=folder, coef=coef or DEFAULT["dvpo"])
-            cell.stages.insert(0, ("train_gvm", {"output_dir": folder, **GVMS[setting]}))
+            cell = train("dvpo", setting, {}, gvm=folder, coef=DEFAULT["dvpo"])
+            cell.stages.insert(0, ("train_gvm", {"output_dir": folder, **flags}))
             cell.gvm = folder
             made.append(cell)
         return made
