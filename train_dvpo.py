@@ -222,7 +222,7 @@ def dvpo_advantages(gvm_values, kl, mask, estimator: str, gamma: float, lam: flo
         if estimator == "gae":
             # DEVIATION: frozen values fall behind a policy that gets better, and the further, the less of an answer
             # they have seen. The batch's other answers show by how much: their mean advantage at the same token brings
-            # the baseline up to date, as a critic would be, and without bias, for an answer has no part in its own.
+            # the baseline up to date, as a critic that learns along would. No answer is in its own baseline: no bias.
             num_others = mask.sum(0) - 1  # (R,)
             advantages = advantages - (advantages.sum(0) - advantages) / num_others.clamp(min=1)
     elif estimator == "q":

@@ -20,8 +20,8 @@ FOLDER = Path(__file__).parent / "results"
 T_QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 COLORS = {"dvpo": "#c0392b", "uncentered": "#e59866", "ppo": "#2471a3", "grpo": "#229954", "dpo": "#7d3c98",
           "sft": "#555555"}  # fmt: skip
-NAMES = {"dvpo": "DVPO", "uncentered": "DVPO, gae_uncentered", "ppo": "PPO", "grpo": "GRPO (TRL)", "dpo": "DPO (TRL)",
-         "sft": "SFT"}  # fmt: skip
+NAMES = {"sft": "SFT", "dvpo": "DVPO", "uncentered": "DVPO, gae_uncentered", "ppo": "PPO", "grpo": "GRPO (TRL)",
+         "dpo": "DPO (TRL)"}  # fmt: skip
 
 
 @dataclass
@@ -90,6 +90,7 @@ def frontier(rows: list[dict], folder: Path, plt) -> None:
     for (method, _), members in group(rows, "base", "frontier", "uncentered").items():
         if "policy" in members[0]:
             points["uncentered" if members[0]["experiment"] == "uncentered" else method].append(members)
+    points = {name: points[name] for name in NAMES if name in points}
     print("\n## Gold score against KL, per KL coefficient")
     lines = []
     figure, axis = plt.subplots(figsize=(7, 4.5))
