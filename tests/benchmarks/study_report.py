@@ -114,7 +114,7 @@ def frontier(rows: list[dict], folder: Path, plt) -> None:
     print("\n## Gold at equal KL, seed by seed (linear between neighbouring coefficients)")
     curves = {method: by_seed(row for members in settings for row in members) for method, settings in points.items()}
     pairs = [("dvpo", "ppo"), ("uncentered", "ppo"), ("dvpo", "grpo"), ("dvpo", "dpo")]
-    lines = [[f"{kl:g}", *(at_equal_kl(curves[ours], curves[other], kl) for ours, other in pairs)]
+    lines = [[f"{kl:g}", *(at_equal_kl(curves.get(ours, {}), curves.get(other, {}), kl) for ours, other in pairs)]
              for kl in (0.95, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5)]  # fmt: skip
     table("KL | DVPO - PPO | gae_uncentered - PPO | DVPO - GRPO (TRL) | DVPO - DPO (TRL)", lines)
 
