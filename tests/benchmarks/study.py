@@ -72,7 +72,7 @@ ADVANTAGES = {
 
 TUNING_SEED = 100  # of runs that only choose settings
 # Of the seeds asked for; the others take all.
-NUM_SEEDS = {"uncentered": 3, "advantage": 3, "gvm": 3, "stability": 3, "unreliable": 3}
+NUM_SEEDS = {"advantage": 3, "gvm": 3, "stability": 3, "unreliable": 3}
 TUNING = {  # all that was tried; the defaults are the best of it
     "dvpo": (
         {"learning_rate": 1e-4},

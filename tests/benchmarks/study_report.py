@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from study import DEFAULT, TUNING_SEED
+from study import COEFS, DEFAULT, TUNING_SEED
 
 FOLDER = Path(__file__).parent / "results"
 T_QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
@@ -117,6 +117,15 @@ def frontier(rows: list[dict], folder: Path, plt) -> None:
     lines = [[f"{kl:g}", *(at_equal_kl(curves.get(ours, {}), curves.get(other, {}), kl) for ours, other in pairs)]
              for kl in (0.95, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5)]  # fmt: skip
     table("KL | DVPO - PPO | gae_uncentered - PPO | DVPO - GRPO (TRL) | DVPO - DPO (TRL)", lines)
+
+    print("\n## What centring adds to the gold score, per KL coefficient and seed")
+    gold = lambda name: {(row["coef"], row["seed"]): row["policy"]["gold"]["mean"] for members in points.get(name, [])
+                         for row in members}  # fmt: skip
+    centred, uncentred = gold("dvpo"), gold("uncentered")
+    seeds = sorted({seed for _, seed in centred.keys() & uncentred.keys()})
+    added = lambda run: f"{centred[run] - uncentred[run]:+.3f}" if run in centred and run in uncentred else "-"
+    lines = [[f"{coef:g}", *(added((coef, seed)) for seed in seeds)] for coef in COEFS["dvpo"]]
+    table(" | ".join(["coefficient", *(f"seed {seed}" for seed in seeds)]), lines)
 
 
 def by_seed(rows) -> dict[int, list[tuple[float, float]]]:
