@@ -302,14 +302,12 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return x.masked_fill(~mask, 0.0).sum() / mask.sum()
 
 
-def masked_whiten(x: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
-    """`x` with unit variance where `mask` is True, zero elsewhere. Give it the global batch, not a rank's share.
-
-    `shift_mean=False` keeps the mean (rewards), True centres (advantages).
-    """
+def masked_whiten(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`x` with zero mean and unit variance where `mask` is True, zero elsewhere. Give it the global batch, not a rank's
+    share."""
     mean = masked_mean(x, mask)
     std = masked_mean((x - mean) ** 2, mask).sqrt()
-    return ((x - mean) / (std + 1e-8) + (0.0 if shift_mean else mean)).masked_fill(~mask, 0.0)
+    return ((x - mean) / (std + 1e-8)).masked_fill(~mask, 0.0)
 
 
 # ---- How good is a value model? --------------------------------------------------------------------------------------
@@ -620,6 +618,12 @@ FORMATS = [
 ]
 
 
+def renamed(row: dict) -> dict:
+    """A row without its nulls, its columns named as the adapters know them; a column of that very name wins."""
+    others_first = sorted(row, key=lambda column: column not in ALIASES)
+    return {ALIASES.get(column, column): row[column] for column in others_first if row[column] is not None}
+
+
 def read_rows(dataset: str, splits: tuple[str, ...]):
     """The rows (dicts) of `NAME[:SPLIT]`: a hub dataset, a local .jsonl, .json (.gz) or .parquet file or folder."""
     path, _, split = dataset.partition(":")
@@ -684,7 +688,12 @@ def load_examples(dataset: str, needs: str, heldout_fraction: float = 0.05) -> t
     preferred = {"answers": ("train_sft", "train"), "prompts": ("train_gen", "train_prefs", "train")}
     rows = read_rows(dataset, preferred.get(needs, ("train_prefs", "train")))
     check(len(rows) > 0, f"--dataset {dataset}: no rows")
-    columns = [ALIASES.get(column, column) for column in rows[0]]
+    columns = {}  # the adapters' name -> the dataset's
+    for column in rows[0]:
+        columns.setdefault(ALIASES.get(column, column), []).append(column)
+    for ours, names in columns.items():
+        clear = ours in names or len(names) == 1
+        check(clear, f"--dataset {dataset}: {' and '.join(names)} could all be {ours!r}: rename one to that")
     formats = FORMATS if needs == "prompts" else FORMATS[:-1]
     name, adapter = next(((name, adapter) for name, wanted, adapter in formats if set(wanted) <= set(columns)), (0, 0))
     known = "; ".join(" + ".join(wanted) for _, wanted, _ in formats)
@@ -692,7 +701,10 @@ def load_examples(dataset: str, needs: str, heldout_fraction: float = 0.05) -> t
     examples, dropped = [], {}  # reason -> numbers of rows
     for number, row in enumerate(rows, 1):
         try:
-            fresh = adapter({ALIASES.get(column, column): value for column, value in row.items() if value is not None})
+            row = renamed(row)
+            fresh = adapter(row)
+            if needs == "answers":  # of rated completions the best one, once, not once for every worse one
+                fresh = fresh[:1]
             for example in fresh:
                 check_example(example, needs)
             examples += fresh

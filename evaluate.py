@@ -11,6 +11,7 @@ In: any number of NAME=PATH. Out: `results.json` and `report.html` in `--output-
 intervals over prompts. Shapes: B sequences, P prompt tokens (left-padded), R response tokens, V vocabulary, H hidden.
 """
 
+import gc
 import html
 import json
 import random
@@ -467,6 +468,8 @@ def main(args: Args) -> None:
         for table_row, text in zip(samples[1:], texts[:: args.samples_per_prompt]):
             table_row.append(text)
         common.log(f"{name}: done")
+        del policy
+        gc.collect()  # the model and its methods refer to each other: without it, its memory would stay taken
 
     # ---- 5 GVM: held-out pairs ---------------------------------------------------------------------------------------
     rated = [e for e in heldout if e.chosen and e.rejected and e.chosen != e.rejected]
@@ -483,7 +486,7 @@ def main(args: Args) -> None:
             rows = torch.tensor([answer.policy == name for answer in judged])
             report.setdefault("by_policy", {})[name] = {
                 "prompt_value": statistics["at_0"][rows].mean().item(),
-                "mean_value": statistics["last"][rows].mean().item(),
+                "final_value": statistics["last"][rows].mean().item(),
                 "mean_label": labels[rows].mean().item(),
                 "correlation": common.correlation(statistics["last"][rows], labels[rows].double()),
             }
@@ -506,7 +509,7 @@ def main(args: Args) -> None:
         if "by_policy" in results["gvm"]:
             rows = [f"{name[:24]:<24}" + "".join(f"{x:12.3f}" for x in row.values())
                     for name, row in results["gvm"]["by_policy"].items()]  # fmt: skip
-            common.log("\n".join([f"{'written by':<24}prompt value  mean value  mean label correlation", *rows]))
+            common.log("\n".join([f"{'written by':<24}prompt value final value  mean label correlation", *rows]))
         if "gold_pair_accuracy" in results["gvm"]:
             common.log(f"pair accuracy of the gold score itself: {results['gvm']['gold_pair_accuracy']:.3f}")
     common.log(f"wrote {args.output_dir}/results.json and {args.output_dir}/report.html")

@@ -30,7 +30,7 @@ class Args:
     model_path: str = "toy"
     """language model to start from: local folder, hub id, or "toy" for a small one from scratch"""
     dataset: str = "toy"
-    """answers to learn: "toy", a hub name or a local file or folder, each as NAME or NAME:SPLIT"""
+    """answers to learn: "toy", or NAME or NAME:SPLIT of a hub or local dataset"""
     output_dir: str = "runs/sft"
     """folder of the trained model, metrics and arguments"""
 
@@ -60,7 +60,7 @@ class Args:
 
     # Machine
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """compute; trained weights stay float32; auto: bfloat16 on GPU, float32 on CPU"""
+    """compute and saved weights; trained in float32; auto: bfloat16 on GPU, float32 on CPU"""
     dp_replicate: int = 1
     """replicas of the sharded model (hybrid sharding: one per machine)"""
     gradient_checkpointing: bool = False

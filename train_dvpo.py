@@ -39,7 +39,7 @@ class Args:
     gvm_path: str = "runs/gvm"
     """frozen global value model: local folder or hub id"""
     dataset: str = "toy"
-    """where the prompts come from: "toy", a hub name or a local file or folder, each as NAME or NAME:SPLIT"""
+    """where the prompts come from: "toy", or NAME or NAME:SPLIT of a hub or local dataset"""
     output_dir: str = "runs/dvpo"
     """folder of the trained policy, metrics and arguments"""
 
@@ -73,13 +73,13 @@ class Args:
 
     # Advantages
     advantage: Literal["gae", "gae_uncentered", "q", "released"] = "gae"
-    """gae: bootstrapped by the GVM and centred per token; q: the paper's static Q; released: the authors' code"""
+    """gae: bootstrapped by the GVM, centred per token (or not); q: the paper's static Q; released: the authors' code"""
     gamma: float = 1.0
     """discount per token (released code: 1)"""
     gae_lambda: float = 0.95
-    """(released code: 0.95)"""
+    """1 trusts the values of whole answers alone, 0 each step's (released code: 0.95)"""
     kl_coef: float = 0.05
-    """reward per nat of KL to the reference (released code: 0.2, adaptive)"""
+    """price of a nat of KL to the reference, taken off the reward (released code: 0.2, adaptive)"""
     kl_target: float | None = None
     """nats per answer; adapts `kl_coef` towards it (released code: 6); None keeps it fixed"""
     clip_coef: float = 0.2
@@ -91,7 +91,7 @@ class Args:
 
     # Machine
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """compute and frozen weights; trained weights stay float32; auto: bfloat16 on GPU, float32 on CPU"""
+    """compute, frozen and saved weights; trained in float32; auto: bfloat16 on GPU, float32 on CPU"""
     dp_replicate: int = 1
     """replicas of the sharded models (hybrid sharding: one per machine)"""
     gradient_checkpointing: bool = False
@@ -222,11 +222,12 @@ def dvpo_advantages(gvm_values, kl, mask, estimator: str, gamma: float, lam: flo
         if estimator == "gae":
             # DEVIATION: frozen values fall behind a policy that gets better, and the further, the less of an answer
             # they have seen. The batch's other answers show by how much: their mean advantage at the same token brings
-            # the baseline up to date, as a critic that learns along would. No answer is in its own baseline: no bias.
+            # the baseline up to date, as a critic that learns along would. No answer is in its own baseline (RLOO), so
+            # this adds no bias; a token that one answer alone reaches keeps its advantage.
             num_others = mask.sum(0) - 1  # (R,)
             advantages = advantages - (advantages.sum(0) - advantages) / num_others.clamp(min=1)
     elif estimator == "q":
-        advantages = rewards + gamma * gvm_values[:, 1:]  # static Q(s_t, a_t), no baseline
+        advantages = rewards + gvm_values[:, 1:]  # static Q(s_t, a_t), no baseline
     else:
         # The released code: whitened values of the states before each token and nothing after the last one, so that
         # the last step's error is -V(s_T) and ending a good answer is punished.

@@ -38,7 +38,7 @@ class Args:
     model_path: str = "runs/sft"
     """model to start from, the SFT policy or a value or reward model: local folder or hub id"""
     dataset: str = "toy"
-    """preference pairs or scored answers: "toy", a hub name or a local file or folder, each as NAME or NAME:SPLIT"""
+    """preference pairs or scored answers: "toy", or NAME or NAME:SPLIT of a hub or local dataset"""
     output_dir: str = "runs/gvm"
     """folder of the trained GVM, metrics and arguments"""
 
@@ -72,7 +72,7 @@ class Args:
     td_lambda: float = 0.95
     """0: one-step TD (the paper's loss), 1: Monte Carlo (released code: 0.95)"""
     bt_coef: float = 0.1
-    """weight of a Bradley-Terry term on the last values of each preference pair (paper, released code: none, 0)"""
+    """weight of a Bradley-Terry term on a pair's last values; none where labels are scores (paper, released code: 0)"""
     num_context_trajectories: int = 0
     """K, other prompt/answer pairs by the same policy in front; needs policy columns (released code: 0)"""
     context_trajectory_length: int = 256
@@ -80,7 +80,7 @@ class Args:
 
     # Machine
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """compute; trained weights stay float32; auto: bfloat16 on GPU, float32 on CPU"""
+    """compute and saved weights; trained in float32; auto: bfloat16 on GPU, float32 on CPU"""
     dp_replicate: int = 1
     """replicas of the sharded model (hybrid sharding: one per machine)"""
     gradient_checkpointing: bool = False
@@ -252,13 +252,13 @@ def main(args: Args) -> None:
     train_set, group = tokenize(tokenizer, examples[: args.num_examples], *limits)
     common.check_divides(group, "--micro-batch-size", args.micro_batch_size)  # a pair is seen in one piece
     heldout_set, _ = tokenize(tokenizer, heldout, *limits, heldout=True)
-    outcomes = torch.tensor([answer.label for answer in heldout_set])
-    pairs = torch.arange(len(heldout_set) if group == 2 else 0).view(-1, 2)  # (pairs, 2): good, bad
     if args.label_source == "score":
         scores = torch.tensor([answer.label for answer in train_set])
         common.check(scores.std() > 0, f"--label-source score: all scores in {args.dataset} equal {scores[0].item():g}")
         for answer in train_set + heldout_set:
             answer.label = (answer.label - scores.mean().item()) / scores.std().item()
+    outcomes = torch.tensor([answer.label for answer in heldout_set])
+    pairs = torch.arange(len(heldout_set) if group == 2 else 0).view(-1, 2)  # (pairs, 2): good, bad
     if args.num_context_trajectories:
         known = all(answer.policy for answer in train_set + heldout_set)
         common.check(known, f"--num-context-trajectories needs to know who wrote each answer: {args.dataset} lacks the "

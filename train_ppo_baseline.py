@@ -24,6 +24,7 @@ import gc
 import math
 import types
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -44,7 +45,7 @@ class Args:
     reward_path: str | None = None
     """sequence-classification reward model: local folder or hub id; None trains one first: --reward-output-dir"""
     dataset: str = "toy"
-    """prompts, and pairs for the RM: "toy", a hub name or a local file or folder, each as NAME or NAME:SPLIT"""
+    """prompts, and pairs for the RM: "toy", or NAME or NAME:SPLIT of a hub or local dataset"""
     output_dir: str = "runs/ppo"
     """folder of the trained policy, metrics and arguments"""
     reward_output_dir: str = "runs/rm"
@@ -96,9 +97,9 @@ class Args:
     gamma: float = 1.0
     """discount per token (released code: 1)"""
     gae_lambda: float = 0.95
-    """(released code: 0.95)"""
+    """1 trusts the values of whole answers alone, 0 each step's (released code: 0.95)"""
     kl_coef: float = 0.1
-    """reward per nat of KL to the reference (released code: 0.2, adaptive)"""
+    """price of a nat of KL to the reference, taken off the reward (released code: 0.2, adaptive)"""
     kl_target: float | None = None
     """nats per answer; adapts `kl_coef` towards it (released code: 6); None keeps it fixed"""
     missing_eos_penalty: float = 1.0
@@ -114,7 +115,7 @@ class Args:
 
     # Machine
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """compute and frozen weights; trained weights stay float32; auto: bfloat16 on GPU, float32 on CPU"""
+    """compute, frozen and saved weights; trained in float32; auto: bfloat16 on GPU, float32 on CPU"""
     dp_replicate: int = 1
     """replicas of the sharded models (hybrid sharding: one per machine)"""
     gradient_checkpointing: bool = False
@@ -392,7 +393,7 @@ def train_reward_model(args: Args, policy_run, tokenizer, mesh, dtype: torch.dty
     rank, world_size = dist.get_rank(), dist.get_world_size()
     examples, heldout = common.load_examples(args.dataset, needs="pairs")
     train_set = tokenize_pairs(tokenizer, examples, args.max_prompt_length, args.response_length)
-    heldout_set = tokenize_pairs(tokenizer, heldout, args.max_prompt_length, args.response_length)
+    heldout_set = tokenize_pairs(tokenizer, heldout, args.max_prompt_length, args.response_length, heldout=True)
     common.log(f"reward model: {len(train_set) // 2} pairs, {len(heldout_set) // 2} held out")
     rm = common.load_value_model(args.model_path, tokenizer, torch.float32, True, AutoModelForSequenceClassification)
     if args.gradient_checkpointing:
@@ -460,6 +461,8 @@ def main(args: Args) -> None:
                           "sample_every")  # fmt: skip
     common.check_between(0, 1, args, "gamma", "gae_lambda")
     common.check_between(0, math.inf, args, "kl_coef")
+    apart = Path(args.output_dir).resolve() != Path(args.reward_output_dir).resolve()
+    common.check(apart or args.reward_path, "--output-dir and --reward-output-dir must differ")
     common.check_positive(args, "value_clip_coef", "reward_num_epochs", "reward_batch_size")
     common.check_between(0, 1, args, "reward_warmup_fraction")
     common.check_between(0, math.inf, args, "critic_learning_rate", "reward_learning_rate", "reward_center_coef",

@@ -34,7 +34,7 @@ def fails(tmp_path, capsys, monkeypatch):
     def run(module, message, **settings):
         paths = {"output_dir": str(out)}
         if module is train_ppo_baseline:
-            paths["reward_output_dir"] = str(out)
+            paths["reward_output_dir"] = str(out / "rm")
         capsys.readouterr()
         with pytest.raises(SystemExit) as left, common.one_line_errors():
             module.main(module.Args(**{**paths, **settings}))
@@ -67,6 +67,8 @@ DATASETS = [
     ("misnamed columns", [{"prompt": "a", "good": "b", "bad": "c"}], "columns .*good, bad.* fit none of"),
     ("no rejected", [{"prompt": "a", "chosen": "b"}], "columns .*prompt, chosen.* fit none of"),
     ("prompts alone", [{"prompt": "a"}], "columns .*prompt.* fit none of"),
+    ("two names of one column", [{"question": "a", "instruction": "b", "chosen": "c", "rejected": "d"}],
+     "question and instruction could all be 'prompt': rename one"),
     ("no columns", [{}], "its columns .* fit none of"),
     ("empty file", "", "no rows"),
     ("blank lines", "\n\n", "no rows"),
@@ -202,6 +204,11 @@ def test_bad_prompts(rows, message, make, fails, tiny_model, tiny_gvm):
 
 def test_prompts_train_no_reward_model(make, fails, tiny_model):
     fails(train_ppo_baseline, "columns .*prompt.* fit none of", model_path=tiny_model, dataset=make([{"prompt": "a"}]))
+
+
+def test_policy_and_reward_model_in_one_folder(fails, tiny_model, tmp_path):
+    fails(train_ppo_baseline, "--output-dir and --reward-output-dir must differ", model_path=tiny_model,
+          reward_output_dir=str(tmp_path / "out"))  # fmt: skip
 
 
 # ---- Settings --------------------------------------------------------------------------------------------------------

@@ -67,6 +67,19 @@ def test_preference_shapes(name, tmp_path):
         assert (example.chosen_policy, example.rejected_policy) == ("b", "a")
 
 
+def test_a_columns_own_name_wins(tmp_path):
+    row = {"prompt": "Name a fruit.", "question": "no. 7", "chosen": "pear", "rejected": "dog"}
+    (example,) = sum(common.load_examples(write(tmp_path / "data.jsonl", [row]), "pairs"), [])
+    assert example.prompt == PROMPT
+
+
+def test_of_rated_completions_the_best_is_shown_once(tmp_path):
+    completions = [{"response": text, "overall_score": score} for text, score in (("dog", 3), ("pear", 8), ("cat", 2))]
+    path = write(tmp_path / "data.jsonl", [{"instruction": "Name a fruit.", "completions": completions}])
+    assert [e.chosen for e in sum(common.load_examples(path, "answers"), [])] == ["pear"]
+    assert [e.rejected for e in sum(common.load_examples(path, "pairs"), [])] == ["dog", "cat"]
+
+
 def test_hh_is_cut_at_the_last_assistant(tmp_path):
     start = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: more\n\nAssistant:"
     row = {"chosen": f"{start} yes\n\nor so", "rejected": f"{start} no"}

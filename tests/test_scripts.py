@@ -1,9 +1,11 @@
 """The real scripts at tiny sizes: end to end, one rank against two, one micro-batch against several."""
 
 import json
+import random
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from transformers import (
 )
 
 import common
+import sft
 import train_dvpo
 import train_gvm
 import train_ppo_baseline
@@ -323,14 +326,33 @@ def test_dvpo_conditions_a_gvm_that_was_trained_so(tiny_model, tiny_gvm, tmp_pat
 
 
 def test_scored_answers_with_some_held_out(tiny_model, tmp_path):
-    """There are no pairs to rank then; the explained variance is reported."""
-    examples = common.toy_examples()[0][:60]
-    rows = [{"prompt": e.prompt, "response": e.chosen, "score": e.score_chosen} for e in examples]
-    (tmp_path / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train_gvm.main(train_gvm.Args(tiny_model, str(tmp_path / "scores.jsonl"), str(tmp_path / "gvm"), num_epochs=1,
-                                  batch_size=8, label_source="score"))  # fmt: skip
-    report = json.loads((tmp_path / "gvm" / "report.json").read_text())
-    assert report["pair_accuracy"]["last"] is None and report["explained_variance"] < 1
+    """There are no pairs to rank then; the explained variance is reported, whatever the unit of the scores."""
+    explained = []
+    for unit in (1, 10):
+        data, folder = tmp_path / f"{unit}.jsonl", tmp_path / f"gvm{unit}"
+        rows = [{"prompt": e.prompt, "response": e.chosen, "score": unit * e.score_chosen}
+                for e in common.toy_examples()[0][:60]]  # fmt: skip
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        train_gvm.main(train_gvm.Args(tiny_model, str(data), str(folder), num_epochs=1, batch_size=8,
+                                      label_source="score"))  # fmt: skip
+        report = json.loads((folder / "report.json").read_text())
+        assert report["pair_accuracy"]["last"] is None
+        explained.append(report["explained_variance"])
+    assert explained[0] < 1 and explained[0] == pytest.approx(explained[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("module", [sft, train_gvm, train_ppo_baseline])
+def test_all_held_out_prompts_may_be_too_long(module, some_pairs, tiny_model, tmp_path):
+    long = next(p for p in (f"list {i}" + " animals" * 600 for i in range(999)) if random.Random(p).random() < 0.05)
+    rows = [json.loads(line) for line in Path(some_pairs).read_text().splitlines()]
+    rows = [row for row in rows if random.Random(row["prompt"][0]["content"]).random() >= 0.05]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {**rows[0], "prompt": long}]))
+    out = {"output_dir": str(tmp_path / "out")}
+    if module is train_ppo_baseline:
+        out |= {"reward_output_dir": str(tmp_path / "rm"), "num_updates": 1, "rollout_batch_size": 8}
+    module.main(module.Args(model_path=tiny_model, dataset=str(data), **out))
+    assert (tmp_path / "out" / "config.json").exists()
 
 
 @pytest.mark.parametrize("td_lambda", [0.0, 0.95])
