@@ -57,9 +57,9 @@ GVMS = {  # the value model changed; three passes through its pairs where nothin
     "1/4 of the pairs": {"num_examples": 4_000},
     "1/4 of the pairs, as many updates": {"num_examples": 4_000, "num_epochs": 12},
     "twice the passes": {"num_epochs": 6},
-    "1,500 updates more": {"model_path": "gvm", "num_epochs": 3},
-    "1,500 updates more, K=1": {"model_path": "gvm", "num_epochs": 3, "num_context_trajectories": 1},
-    "1,500 updates more, K=3": {"model_path": "gvm", "num_epochs": 3, "num_context_trajectories": 3},
+    "3,000 updates more": {"model_path": "gvm", "num_epochs": 6},
+    "3,000 updates more, K=1": {"model_path": "gvm", "num_epochs": 6, "num_context_trajectories": 1},
+    "3,000 updates more, K=3": {"model_path": "gvm", "num_epochs": 6, "num_context_trajectories": 3},
 }
 ADVANTAGES = {
     "q": {"advantage": "q"},

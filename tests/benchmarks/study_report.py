@@ -207,6 +207,20 @@ def critics(rows: list[dict], folder: Path, plt) -> None:
               f"twentieth of the run: {first}, {last}. A frozen GVM has none.")  # fmt: skip
 
 
+def trajectories(rows: list[dict]) -> None:
+    """What trajectory conditioning changes in the loop: the GVMs that went on from the default, with it or without."""
+    print("\n## The GVM in the loop, with trajectories and without: fresh answers, first and last tenth of the run")
+    columns = (*((f, "bias") for f in ("0", "0.5", "1")), ("0.5", "gold_correlation"), ("1", "gold_correlation"))
+    lines = []
+    for (method, setting), members in group(rows, "base", "gvm").items():
+        if method == "dvpo" and (setting == "default" or "updates more" in setting):
+            for i in (0, -1):
+                windows = [row["critic"][i] for row in members]
+                cells = [show([window["by_fraction"][f][key] for window in windows]) for f, key in columns]
+                lines.append([setting, str(len(members)), f"from {windows[0]['first_update']}", *cells])
+    table("GVM | seeds | updates | bias: prompt | half | last token | correlation with gold: half | last token", lines)
+
+
 def value_models(rows: list[dict]) -> None:
     groups = group(rows, "base", "gvm")
     print("\n## Value models, and the policy that DVPO makes with each")
@@ -243,7 +257,7 @@ def value_models(rows: list[dict]) -> None:
     print("\n## Value models by fraction of the answer seen")
     lines = []
     for (_, setting), members in groups.items():
-        if "gvm" in members[0] and setting.startswith(("default", "1,500")):
+        if "gvm" in members[0] and (setting == "default" or "updates more" in setting):
             fractions = members[0]["gvm"]["by_fraction"]
             for key in ("pair_accuracy", "explained_variance", "gold_correlation"):
                 cells = [show([row["gvm"]["by_fraction"][f][key] for row in members]) for f in fractions]
@@ -256,9 +270,9 @@ def value_models(rows: list[dict]) -> None:
                 policies[name].append(values)
     if policies:
         print("\n## The default GVM per behaviour policy, held-out answers")
-        keys = ("mean_label", "mean_value", "prompt_value", "correlation")
+        keys = ("mean_label", "final_value", "prompt_value", "correlation")
         lines = [[name, *(show([v[key] for v in values]) for key in keys)] for name, values in policies.items()]
-        table("policy | mean label | mean value of the whole answer | of the prompt | correlation with label", lines)
+        table("policy | mean label | value of the finished answer | of the prompt | correlation with label", lines)
 
 
 def exploited(rows: list[dict]) -> None:
@@ -300,6 +314,7 @@ def main(args: Args) -> None:
     learning_curves(rows, folder, plt)
     critics(rows, folder, plt)
     value_models(rows)
+    trajectories(rows)
     at_default = [row for row in rows if row["experiment"] != "uncentered" or row["coef"] == DEFAULT["dvpo"]]
     simple(at_default, "Advantage estimator", "uncentered", "advantage")
     simple(rows, "Stability: learning rates", "stability")
