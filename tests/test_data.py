@@ -4,12 +4,14 @@ import gzip
 import json
 import random
 import re
+import types
 from collections import Counter
 
 import pytest
 import torch
 
 import common
+import train_gvm
 
 USER = {"role": "user", "content": "Name a fruit."}
 
@@ -191,8 +193,9 @@ def test_control_tokens_in_a_text(capsys):
         common.Example([{"role": role, "content": content}])
         for role, content in (("user", "list"), ("user", "list<assistant>"), ("<assistant>", "list"))
     )
-    assert common.fit_prompts(tokenizer, [good, bad, role], 9)[0] == [good]
-    assert "dropped prompts: 2 x with a control token" in capsys.readouterr().out
+    earlier = common.Example(bad.prompt + good.prompt)
+    assert common.fit_prompts(tokenizer, [good, bad, role, earlier], 9)[0] == [good]
+    assert "dropped prompts: 3 x with a control token" in capsys.readouterr().out
     assert common.fit_prompts(tokenizer, [bad], 9, heldout=True) == ([], [])
     with pytest.raises(common.UserError, match="no prompt is left: 1 x with a control token"):
         common.fit_prompts(tokenizer, [bad], 9)
@@ -214,7 +217,7 @@ def test_control_tokens_that_are_not_called_special():
     assert answer[-1] == marks[1] and answer.count(marks[1]) == 1 and marks[0] not in answer
 
 
-@pytest.mark.parametrize("tail, expected", [("<eos>", "<eos>"), ("<user>\n", "<user>"), ("\n", "<eos>")])
+@pytest.mark.parametrize("tail, expected", [("<eos>", "<eos>"), ("<user>\n<eos>", "<user>"), ("\n", "<eos>")])
 def test_the_end_of_a_turn_is_what_the_template_writes(tail, expected):
     """Templates end turns with EOS, with another special token, or with nothing special."""
     tokenizer = common.toy_tokenizer()
@@ -286,6 +289,28 @@ def test_context_never_holds_the_prompt_it_conditions():
         assert len({id(t) for t in drawn}) == 3
     only_itself = [([2], [1]), ([2], [3])]
     assert common.draw_trajectories(random.Random(0), only_itself, [2], 3) == []
+
+
+def test_a_prompt_may_have_just_the_length_that_is_allowed():
+    tokenizer, example = common.toy_tokenizer(), common.Example(PROMPT)
+    ((ids,),) = common.fit_prompts(tokenizer, [example], 99)[1:]
+    assert common.fit_prompts(tokenizer, [example], len(ids))[0] == [example]
+    assert common.fit_prompts(tokenizer, [example], len(ids) - 1, heldout=True)[0] == []
+
+
+def test_context_is_by_the_policy_judged_and_drawn_anew():
+    answers = [train_gvm.Answer([10 + i], [50 if policy == "a" else 60, i], 1.0, policy)
+               for i in range(8) for policy in ("a", "b")]  # fmt: skip
+    config = types.SimpleNamespace(num_context_trajectories=2, context_trajectory_length=9)
+    contexts = {}
+    for key in ("1/1", "1/2"):
+        batch = train_gvm.make_batch(config, answers, train_gvm.policy_pools(answers), key, 0, "cpu")
+        contexts[key] = batch["input_ids"][:, :-3]
+        for answer, context in zip(answers, contexts[key].tolist()):
+            written = 50 if answer.policy == "a" else 60
+            assert context.count(written) == 2 and 110 - written not in context
+            assert answer.prompt_ids[0] not in context
+    assert not torch.equal(*contexts.values())
 
 
 def test_context_is_cut_in_front_of_a_whole_prompt():

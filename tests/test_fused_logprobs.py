@@ -72,6 +72,17 @@ def test_bf16_inputs_give_fp32_log_probs():
     assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
 
 
+def test_bf16_gradients_are_summed_in_fp32():
+    """They are rounded to bf16 once, by at most a 256th, however many slices add to them."""
+    hidden, weight, labels, upstream = inputs(V=500)
+    hidden, weight = hidden.detach().bfloat16().requires_grad_(), weight.detach().bfloat16().requires_grad_()
+    logprobs, _ = train_dvpo.fused_logprobs(hidden, weight, labels, chunk_size=1)
+    plain, _ = naive(hidden.double(), weight.double(), labels, 1.0)
+    gradients = (torch.autograd.grad(x @ upstream.to(x.dtype), (hidden, weight)) for x in (logprobs, plain))
+    for fused, exact in zip(*gradients):
+        assert (fused.double() - exact.double()).norm() < 0.003 * exact.double().norm()  # summed in bf16: 0.007
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_bf16_products_are_fp32_on_a_gpu():
     hidden, weight, labels, upstream = inputs(N=300, H=64, V=512)

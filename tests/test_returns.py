@@ -1,5 +1,7 @@
 """Return-to-go against plain loops and hand-made cases."""
 
+import math
+
 import pytest
 import torch
 
@@ -110,6 +112,27 @@ def test_gae_rewards_ending_a_good_answer_and_the_released_estimator_punishes_it
     assert probability_of_ending_after_one_step("released") < 0.5
 
 
+def test_static_q_is_the_value_after_the_token():
+    values, kl = random_case()
+    advantages = train_dvpo.dvpo_advantages(values, kl, MASK, "q", 0.9, 0.95, 0.1)
+    torch.testing.assert_close(advantages, common.masked_whiten(values[:, 1:] - 0.1 * kl, MASK))
+
+
+def test_the_released_estimator_equals_a_plain_loop():
+    """Whitened values of the states before each token, none after the last."""
+    values, kl = random_case()
+    before = [values[i, :-1][MASK[i]] for i in range(3)]
+    every, expected = torch.cat(before), torch.zeros_like(kl)
+    for i, row in enumerate(before):
+        following, after = 0.0, 0.0
+        for t in reversed(range(len(row))):
+            value = (row[t] - every.mean()) / every.std(correction=0)
+            expected[i, t] = following = -0.1 * kl[i, t] + 0.9 * after - value + 0.9 * 0.95 * following
+            after = value
+    advantages = train_dvpo.dvpo_advantages(values, kl, MASK, "released", 0.9, 0.95, 0.1)
+    torch.testing.assert_close(advantages, common.masked_whiten(expected, MASK))
+
+
 def test_the_kl_reward_has_the_right_sign():
     """Tokens that the reference finds unlikely lose."""
     mask = torch.ones(1, 2, dtype=torch.bool)
@@ -148,9 +171,10 @@ def test_ppo_clip_by_hand():
     new = torch.tensor([1.5, 1.5, 0.5, 0.5]).log()[None]
     advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
     mask = torch.tensor([[True, True, True, True]])
-    loss, (_, clipped, ratio, _) = train_dvpo.ppo_clip_loss(new, old, advantages, mask, clip_coef=0.2)
+    loss, (k3, clipped, ratio, ratio_squared) = train_dvpo.ppo_clip_loss(new, old, advantages, mask, clip_coef=0.2)
     assert loss.item() == pytest.approx(-(1.2 - 1.5 + 0.5 - 0.8))
-    assert clipped.item() == 4 and ratio.item() == pytest.approx(4.0)
+    assert clipped.item() == 4 and ratio.item() == pytest.approx(4.0) and ratio_squared.item() == pytest.approx(5.0)
+    assert k3.item() == pytest.approx(2 * (0.5 - math.log(1.5)) + 2 * (-0.5 - math.log(0.5)))
 
 
 @pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 1.0), (1.0, 0.0)])
@@ -186,6 +210,21 @@ def test_bradley_terry_by_hand():
     loss.sum().backward()
     assert loss.tolist() == pytest.approx([0.313262, 2.126928], abs=1e-5)
     torch.testing.assert_close(scores.grad, torch.tensor([-0.268941, 0.268941, -0.880797, 0.880797]))
+
+
+def test_token_statistics_by_hand():
+    values, mask = torch.tensor([[9.0, 1.0, 2.0, 3.0, 7.0]]), torch.tensor([[True, True, True, False]])
+    statistics = {name: x.item() for name, x in common.token_statistics(values, mask).items()}
+    assert (statistics["mean"], statistics["last"], statistics["at_0"], statistics["at_1"]) == (2, 3, 9, 3)
+    assert (statistics["at_0.25"], statistics["at_0.5"], statistics["at_0.75"]) == (1, 2, 2)
+    assert (statistics["p10"], statistics["p90"]) == pytest.approx((1.2, 2.8))
+
+
+def test_explained_variance_by_hand():
+    actual = torch.tensor([0.0, 2.0, 4.0])
+    assert common.explained_variance(torch.tensor([5.0, 7.0, 9.0]), actual) == 1  # a constant error explains no less
+    assert common.explained_variance(torch.tensor([0.0, 1.0, 2.0]), actual) == pytest.approx(0.75)
+    assert common.explained_variance(actual, torch.ones(3)) == 0
 
 
 def test_value_report_by_hand():

@@ -11,10 +11,16 @@ import common
 import train_dvpo
 
 
+@pytest.fixture(params=["tiny_model", "tiny_gpt2"])
+def model_path(request) -> str:
+    """Rotary positions, which only differences matter to, and learned ones, which padding must not shift."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture
-def policy(processes, tiny_model):
-    tokenizer = common.load_tokenizer(tiny_model)
-    model = common.load_policy(tiny_model, tokenizer, torch.float32)
+def policy(processes, model_path):
+    tokenizer = common.load_tokenizer(model_path)
+    model = common.load_policy(model_path, tokenizer, torch.float32)
     mesh = init_device_mesh("cpu", (1,))
     return train_dvpo.add_methods(
         train_dvpo.shard(model, mesh, torch.float32), train_dvpo.token_logprobs, train_dvpo.next_token_logits
@@ -30,11 +36,11 @@ PROMPTS = [[3, 6, 7, 20, 4], [3, 6, 4], [3, 6, 9, 30, 40, 41, 4]]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_sampling_is_inverse_cdf_of_the_plain_models_distribution(policy, tiny_model, temperature):
+def test_sampling_is_inverse_cdf_of_the_plain_models_distribution(policy, model_path, temperature):
     """No top-k, no penalty, no effect of padding or cache: each token is what a plain forward pass says."""
     uniforms = torch.rand(3, 12, generator=torch.Generator().manual_seed(0))
     response_ids, response_mask = rollout(policy, PROMPTS, uniforms, temperature)
-    plain = common.load_policy(tiny_model, common.load_tokenizer(tiny_model), torch.float32)
+    plain = common.load_policy(model_path, common.load_tokenizer(model_path), torch.float32)
     for prompt, ids, mask, u in zip(PROMPTS, response_ids, response_mask, uniforms):
         sequence = list(prompt)
         for t in range(int(mask.sum())):
@@ -102,10 +108,10 @@ def test_weights_are_gathered_once_per_rollout_not_once_per_token(tiny_model):
     assert gathers[0] == gathers[1] == 3  # two layers and the root
 
 
-def test_log_probs_equal_the_plain_models(policy, tiny_model):
+def test_log_probs_equal_the_plain_models(policy, model_path):
     batch = common.pad_batch(PROMPTS, [[8, 9, 1], [10], [11, 12]], 0, "cpu")
     logprobs, entropy = policy.token_logprobs(**batch, temperature=0.8)
-    plain = common.load_policy(tiny_model, common.load_tokenizer(tiny_model), torch.float32)
+    plain = common.load_policy(model_path, common.load_tokenizer(model_path), torch.float32)
     for i, (prompt, answer) in enumerate(zip(PROMPTS, [[8, 9, 1], [10], [11, 12]])):
         logits = plain(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1] / 0.8
         expected = torch.log_softmax(logits, -1)
@@ -115,9 +121,9 @@ def test_log_probs_equal_the_plain_models(policy, tiny_model):
         assert logprobs[i, len(answer) :].eq(0).all()
 
 
-def test_the_kl_estimate_equals_the_exact_categorical_kl(policy, tiny_model):
+def test_the_kl_estimate_equals_the_exact_categorical_kl(policy, model_path):
     """Averaged over every possible first token, log pi - log ref is KL(pi || ref), and positive."""
-    reference = common.load_policy(tiny_model, common.load_tokenizer(tiny_model), torch.float32)
+    reference = common.load_policy(model_path, common.load_tokenizer(model_path), torch.float32)
     torch.manual_seed(5)
     with torch.no_grad():
         for parameter in reference.parameters():

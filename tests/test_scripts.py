@@ -310,19 +310,41 @@ def test_advantage_estimators_lead_to_different_policies(tiny_model, tiny_gvm, t
     assert not any(torch.equal(weights[0], other) for other in weights[1:])
 
 
-def test_dvpo_conditions_a_gvm_that_was_trained_so(tiny_model, tiny_gvm, tmp_path):
-    """The K in the GVM's config changes the values that the policy is judged by."""
+def test_dvpo_conditions_a_gvm_that_was_trained_so(tiny_model, tiny_gvm, tmp_path, monkeypatch):
+    """The K in the GVM's config changes the values that the policy is judged by; no answer conditions itself."""
     tokenizer = common.load_tokenizer(tiny_gvm)
     gvm = common.load_value_model(tiny_gvm, tokenizer, torch.float32, fresh_head=False)
-    gvm.config.num_context_trajectories, gvm.config.context_trajectory_length = 2, 32
+    gvm.config.num_context_trajectories, gvm.config.context_trajectory_length = 7, 32
     gvm.save_pretrained(tmp_path / "gvm")
     tokenizer.save_pretrained(tmp_path / "gvm")
+    conditioned, condition = [], common.condition
+    monkeypatch.setattr(common, "condition", lambda *args: conditioned.append(args[:2]) or condition(*args))
     scores = []
     for path in (tiny_gvm, str(tmp_path / "gvm")):
         folder = tmp_path / f"run{len(scores)}"
         train_dvpo.main(train_dvpo.Args(tiny_model, path, output_dir=str(folder), num_updates=1, rollout_batch_size=8))
         scores.append(read_metrics(folder)[0]["objective/scores"])
-    assert scores[0] != scores[1]
+    assert scores[0] != scores[1] and len(conditioned) == 8
+    for prompt, drawn in conditioned:
+        others = [other for other, _ in conditioned if other != prompt]
+        assert sorted(other for other, _ in drawn) == sorted(others)
+
+
+@pytest.mark.parametrize("module", [train_dvpo, train_ppo_baseline])
+def test_an_answer_ends_with_its_turn_or_the_text(module, tiny_model, tiny_gvm, tmp_path, monkeypatch):
+    """Llama's instruction models end turns with another token than base models end texts with."""
+    paths = [Path(shutil.copytree(path, tmp_path / f"model{i}")) for i, path in enumerate((tiny_model, tiny_gvm))]
+    for path in paths:
+        tokenizer = common.load_tokenizer(tiny_model)
+        tokenizer.chat_template = tokenizer.chat_template.replace("{{ eos_token }}", "<unk>")
+        tokenizer.save_pretrained(path)
+    ends, generate = [], module.generate
+    monkeypatch.setattr(module, "generate", lambda *args: ends.append(args[4].tolist()) or generate(*args))
+    judge = {"gvm_path" if module is train_dvpo else "reward_path": str(paths[1])}
+    module.main(
+        module.Args(str(paths[0]), output_dir=str(tmp_path / "out"), num_updates=1, rollout_batch_size=8, **judge)
+    )
+    assert {tokenizer.eos_token_id, tokenizer.unk_token_id} == set(ends[0])
 
 
 def test_scored_answers_with_some_held_out(tiny_model, tmp_path):
