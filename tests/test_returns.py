@@ -171,10 +171,11 @@ def test_ppo_clip_by_hand():
     new = torch.tensor([1.5, 1.5, 0.5, 0.5]).log()[None]
     advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
     mask = torch.tensor([[True, True, True, True]])
-    loss, (k3, clipped, ratio, ratio_squared) = train_dvpo.ppo_clip_loss(new, old, advantages, mask, clip_coef=0.2)
+    loss, (_, clipped, ratio, ratio_squared) = train_dvpo.ppo_clip_loss(new, old, advantages, mask, clip_coef=0.2)
     assert loss.item() == pytest.approx(-(1.2 - 1.5 + 0.5 - 0.8))
     assert clipped.item() == 4 and ratio.item() == pytest.approx(4.0) and ratio_squared.item() == pytest.approx(5.0)
-    assert k3.item() == pytest.approx(2 * (0.5 - math.log(1.5)) + 2 * (-0.5 - math.log(0.5)))
+    k3 = train_dvpo.ppo_clip_loss(new, old, advantages, torch.tensor([[True, False, False, False]]), 0.2)[1][0]
+    assert k3.item() == pytest.approx(0.5 - math.log(1.5))
 
 
 @pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 1.0), (1.0, 0.0)])
