@@ -146,7 +146,7 @@ def test_policy_updates(module, tiny_model, tiny_gvm, tmp_path):
 @pytest.fixture
 def pairs(tmp_path) -> str:
     rows = [{"prompt": e.prompt, "chosen": e.chosen, "rejected": e.rejected, "score_chosen": e.score_chosen,
-             "score_rejected": e.score_rejected} for e in common.toy_examples()[0][:24]]  # fmt: skip
+             "score_rejected": e.score_rejected} for e in common.toy_examples()[0][:60]]  # fmt: skip
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(tmp_path / "pairs.jsonl")
 
@@ -157,6 +157,13 @@ def tokens(tokenizer, examples, *sides, max_length=20):
     answers = common.tokenize_answers(tokenizer, texts, max_length)
     prompts = [common.tokenize_prompt(tokenizer, example.prompt) for example in examples for _ in sides]
     return list(zip(prompts, answers))
+
+
+@torch.no_grad()
+def pair_accuracy(model, tokenizer, examples):
+    rows = tokens(tokenizer, examples, "chosen", "rejected")
+    last = [values_of(model, *row)[-1] for row in rows]
+    return sum((chosen > rejected).item() for chosen, rejected in zip(last[::2], last[1::2])) / len(examples)
 
 
 def test_sft_updates(tiny_model, pairs, tmp_path):
@@ -183,8 +190,8 @@ def test_gvm_updates(label_source, tiny_model, tiny_gvm, pairs, tmp_path):
                           num_epochs=1, label_source=label_source)  # fmt: skip
     train_gvm.main(args)
     gvm, start = (AutoModelForTokenClassification.from_pretrained(tiny_gvm) for _ in range(2))
-    examples, _ = common.load_examples(pairs, "scores")
-    rows = tokens(common.load_tokenizer(tiny_model), examples, "chosen", "rejected")
+    tokenizer, (examples, heldout) = common.load_tokenizer(tiny_model), common.load_examples(pairs, "scores")
+    rows = tokens(tokenizer, examples, "chosen", "rejected")
     labels = torch.tensor([1.0, -1.0] * len(examples))
     if label_source == "score":
         scores = torch.tensor([x for e in examples for x in (e.score_chosen, e.score_rejected)])
@@ -210,6 +217,7 @@ def test_gvm_updates(label_source, tiny_model, tiny_gvm, pairs, tmp_path):
         norm = step(args, optimizer, gvm, args.learning_rate * (1 - (update - 1) / len(metrics)))
         assert [row["gvm/loss"], row["optim/grad_norm"]] == pytest.approx([td.item(), norm], rel=1e-4)
     assert_moved_alike(args.output_dir, gvm, start)
+    assert metrics[-1]["gvm/pair_accuracy"] == pair_accuracy(gvm, tokenizer, heldout) != 0.5
 
 
 def test_reward_model_updates(tiny_model, pairs, tmp_path):
@@ -221,7 +229,7 @@ def test_reward_model_updates(tiny_model, pairs, tmp_path):
     train_ppo_baseline.main(args)
     tokenizer = common.load_tokenizer(tiny_model)
     rm, start = (common.load_value_model(tiny_model, tokenizer, torch.float32, fresh_head=True) for _ in range(2))
-    examples, _ = common.load_examples(pairs, "pairs")
+    examples, heldout = common.load_examples(pairs, "pairs")
     rows = tokens(tokenizer, examples, "chosen", "rejected")
     optimizer, metrics = torch.optim.AdamW(rm.parameters(), weight_decay=0.0), read_metrics(args.reward_output_dir)
     for update, row in enumerate(metrics, 1):
@@ -233,3 +241,4 @@ def test_reward_model_updates(tiny_model, pairs, tmp_path):
         norm = step(args, optimizer, rm, args.reward_learning_rate * (1 - (update - 1) / len(metrics)))
         assert [row["rm/loss"], row["optim/grad_norm"]] == pytest.approx([loss.item(), norm], rel=1e-3)
     assert_moved_alike(args.reward_output_dir, rm, start)
+    assert metrics[-1]["rm/pair_accuracy"] == pair_accuracy(rm, tokenizer, heldout) != 0.5
