@@ -42,6 +42,7 @@ import transformers
 import tyro
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedTokenizerFast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import cached_file
 
 
@@ -938,6 +939,10 @@ def condition(prompt_ids: list[int], trajectories: list[Trajectory], max_length:
 
 
 # ---- Models ----------------------------------------------------------------------------------------------------------
+# What a model calls its keys and values of the tokens before: transformers 5.24 has renamed it.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
 def load_pretrained(auto_class, path: str, **kwargs):
     """`auto_class.from_pretrained(path)` with one-line errors."""
     local = Path(path).expanduser()

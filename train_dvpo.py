@@ -281,9 +281,9 @@ def full_state_dict(model, dtype: torch.dtype) -> dict:
 def next_token_logits(model, tokens, attention_mask, positions, cache):
     """Logits `(B, V)` after the last of `tokens (B, t)` in fp32, as `fused_logprobs` has them, and the grown cache."""
     outputs = model.base_model(
-        tokens, attention_mask=attention_mask, position_ids=positions, past_key_values=cache, use_cache=True
+        tokens, attention_mask=attention_mask, position_ids=positions, use_cache=True, **{common.CACHE: cache}
     )
-    return project(outputs.last_hidden_state[:, -1], model.get_output_embeddings().weight), outputs.past_key_values
+    return project(outputs.last_hidden_state[:, -1], model.get_output_embeddings().weight), outputs[common.CACHE]
 
 
 @torch.no_grad()  # not inference_mode: the next training step would raise
