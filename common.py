@@ -26,6 +26,7 @@ import threading
 import time
 import traceback
 import types
+import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable
@@ -541,6 +542,9 @@ class Example:
     rejected_policy: str | None = None
 
 
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character: JSON may hold it, a tokenizer refuses it
+
+
 class Drop(Exception):
     """This row cannot be used; the message is the reason that is counted."""
 
@@ -567,7 +571,9 @@ def split_answer(prompt, answer) -> tuple[list[dict], str]:
     messages = to_messages(answer)
     if messages[-1]["role"] != "assistant":
         raise Drop("the last message is not the assistant's")
-    # A conversation carries its own prompt, which wins: UltraFeedback's `prompt` column is its first turn as a string.
+    if messages[0]["role"] == "assistant" and prompt is not None:  # it goes on from the prompt
+        messages = to_messages(prompt) + messages
+    # Else it carries its own prompt, which wins: UltraFeedback's `prompt` column is its first turn as a string.
     return messages[:-1] or to_messages(prompt), messages[-1]["content"]
 
 
@@ -575,8 +581,13 @@ def to_score(value) -> float | None:
     """A finite number (ratings often come as strings), or None."""
     try:
         return float(value) if math.isfinite(float(value)) else None
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
+
+
+def to_name(value) -> str | None:
+    """Who wrote an answer, as text: some datasets number their models."""
+    return None if value is None else str(value)
 
 
 def from_pair(row: dict) -> list[Example]:
@@ -585,13 +596,14 @@ def from_pair(row: dict) -> list[Example]:
     if prompt != other_prompt:
         raise Drop("chosen and rejected answer different prompts")
     scores = to_score(row.get("score_chosen")), to_score(row.get("score_rejected"))
-    return [Example(prompt, chosen, rejected, *scores, row.get("chosen_policy"), row.get("rejected_policy"))]
+    policies = to_name(row.get("chosen_policy")), to_name(row.get("rejected_policy"))
+    return [Example(prompt, chosen, rejected, *scores, *policies)]
 
 
 def from_rated(row: dict) -> list[Example]:
     """openbmb/UltraFeedback: the best completion against each worse one."""
-    rated = [(to_score(c["overall_score"]), c["response"], c.get("model")) for c in row["completions"]]
-    rated = sorted((c for c in rated if c[0] is not None), key=lambda c: -c[0])
+    rated = [(to_score(c["overall_score"]), c["response"], to_name(c.get("model"))) for c in row["completions"]]
+    rated = sorted((c for c in rated if c[0] is not None and isinstance(c[1], str)), key=lambda c: -c[0])
     prompt = to_messages(row["prompt"])
     pairs = [(rated[0], worse) for worse in rated[1:] if worse[0] < rated[0][0]]
     if not pairs:
@@ -601,7 +613,8 @@ def from_rated(row: dict) -> list[Example]:
 
 def from_answer(row: dict) -> list[Example]:
     prompt, answer = split_answer(row.get("prompt"), row["response"])
-    return [Example(prompt, answer, score_chosen=to_score(row.get("score")), chosen_policy=row.get("policy"))]
+    score, policy = to_score(row.get("score")), to_name(row.get("policy"))
+    return [Example(prompt, answer, score_chosen=score, chosen_policy=policy)]
 
 
 # Other names of the columns below: DVPO's released code, openbmb/UltraFeedback, TRL.
@@ -670,15 +683,19 @@ def read_json(file: Path, lines: bool) -> list[dict]:
                     number += 1
                     if line.strip():
                         rows.append(json.loads(line))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}, line {number or error.lineno}: malformed JSON ({error.msg})") from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read ({error})") from error
+    except (ValueError, RecursionError) as error:
+        line, problem = number or getattr(error, "lineno", 1), getattr(error, "msg", error)
+        raise UserError(f"{file}, line {line}: malformed JSON ({problem})") from error
     check(isinstance(rows, list) and all(isinstance(row, dict) for row in rows), f"{file}: rows must be JSON objects")
     return rows
 
 
-def load_examples(dataset: str, needs: str, heldout_fraction: float = 0.05) -> tuple[list[Example], list[Example]]:
+HELDOUT_FRACTION = 0.05  # of the prompts
+
+
+def load_examples(dataset: str, needs: str) -> tuple[list[Example], list[Example]]:
     """Train and held-out examples of `dataset`, split by prompt; says which format was found and what was dropped.
 
     `needs` is "prompts", "answers", "pairs" or "scores". Held-out prompts are chosen by hash, so every stage and every
@@ -689,16 +706,19 @@ def load_examples(dataset: str, needs: str, heldout_fraction: float = 0.05) -> t
     preferred = {"answers": ("train_sft", "train"), "prompts": ("train_gen", "train_prefs", "train")}
     rows = read_rows(dataset, preferred.get(needs, ("train_prefs", "train")))
     check(len(rows) > 0, f"--dataset {dataset}: no rows")
+    found = dict.fromkeys(column for row in rows for column in row) if isinstance(rows, list) else rows.column_names
     columns = {}  # the adapters' name -> the dataset's
-    for column in rows[0]:
+    for column in found:
         columns.setdefault(ALIASES.get(column, column), []).append(column)
-    for ours, names in columns.items():
+    formats = FORMATS if needs == "prompts" else FORMATS[:-1]
+    fitting = [(name, wanted, adapter) for name, wanted, adapter in formats if set(wanted) <= set(columns)]
+    known = "; ".join(" + ".join(wanted) for _, wanted, _ in formats)
+    check(fitting, f"--dataset {dataset}: its columns ({', '.join(found)}) fit none of: {known}; rename them")
+    name, wanted, adapter = fitting[0]
+    for ours in {"prompt", *wanted} & columns.keys():
+        names = columns[ours]
         clear = ours in names or len(names) == 1
         check(clear, f"--dataset {dataset}: {' and '.join(names)} could all be {ours!r}: rename one to that")
-    formats = FORMATS if needs == "prompts" else FORMATS[:-1]
-    name, adapter = next(((name, adapter) for name, wanted, adapter in formats if set(wanted) <= set(columns)), (0, 0))
-    known = "; ".join(" + ".join(wanted) for _, wanted, _ in formats)
-    check(name, f"--dataset {dataset}: its columns ({', '.join(rows[0])}) fit none of: {known}; rename them")
     examples, dropped = [], {}  # reason -> numbers of rows
     for number, row in enumerate(rows, 1):
         try:
@@ -709,22 +729,24 @@ def load_examples(dataset: str, needs: str, heldout_fraction: float = 0.05) -> t
             for example in fresh:
                 check_example(example, needs)
             examples += fresh
-        except Drop as reason:
-            if needs == "prompts" and isinstance(row.get("prompt"), str) and row["prompt"].strip():
-                examples.append(Example(to_messages(row["prompt"])))  # bad answers do not spoil a prompt
-            else:
-                dropped.setdefault(str(reason), []).append(number)
-        except KeyError as error:
-            dropped.setdefault(f"{error.args[0]} is missing or null", []).append(number)
-        except (TypeError, AttributeError) as error:
-            dropped.setdefault(f"malformed row ({type(error).__name__}: {error})", []).append(number)
+        except (Drop, KeyError, TypeError, AttributeError) as error:
+            prompt = row.get("prompt")
+            if needs == "prompts" and isinstance(prompt, str) and prompt.strip() and not SURROGATE.search(prompt):
+                examples.append(Example(to_messages(prompt)))  # bad answers do not spoil a prompt
+                continue
+            reason = f"malformed row ({type(error).__name__}: {error})"
+            if isinstance(error, Drop):
+                reason = str(error)
+            elif isinstance(error, KeyError):
+                reason = f"{error.args[0]} is missing or null"
+            dropped.setdefault(reason, []).append(number)
     log(f"dataset {dataset}: {name} ({', '.join(columns)}), {len(rows)} rows, {len(examples)} examples")
     dropped = sorted(dropped.items(), key=lambda item: -len(item[1]))
     for reason, numbers in dropped:
         log(f"  dropped {len(numbers)}: {reason} (the first is row {numbers[0]})")
     reasons = "; ".join(f"{len(numbers)} x {reason}" for reason, numbers in dropped[:3])
     check(examples, f"--dataset {dataset}: no row can be used here: {reasons}")
-    heldout = [random.Random(e.prompt[-1]["content"]).random() < heldout_fraction for e in examples]
+    heldout = [random.Random(e.prompt[-1]["content"]).random() < HELDOUT_FRACTION for e in examples]
     check(not all(heldout), f"--dataset {dataset}: too few prompts, all of them are held out")
     return [e for e, out in zip(examples, heldout) if not out], [e for e, out in zip(examples, heldout) if out]
 
@@ -742,6 +764,9 @@ def check_example(example: Example, needs: str) -> None:
         raise Drop("empty answer")
     if answers and example.chosen == example.rejected:
         raise Drop("chosen and rejected are identical")
+    texts = [message[key] for message in example.prompt for key in ("role", "content")]
+    if any(SURROGATE.search(text) for text in (*texts, example.chosen or "", example.rejected or "")):
+        raise Drop("half a character (a lone surrogate): cut in UTF-16?")
     scores = [example.score_chosen] if example.rejected is None else [example.score_chosen, example.score_rejected]
     if needs == "scores" and None in scores:
         raise Drop("no score")

@@ -75,6 +75,41 @@ def test_a_columns_own_name_wins(tmp_path):
     assert example.prompt == PROMPT
 
 
+def test_columns_that_pairs_do_not_use_may_be_unclear(tmp_path):
+    row = {"prompt": "Name a fruit.", "chosen": "pear", "rejected": "dog", "completion": "fig", "messages": "plum"}
+    (example,) = sum(common.load_examples(write(tmp_path / "data.jsonl", [row]), "pairs"), [])
+    assert (example.chosen, example.rejected) == ("pear", "dog")
+
+
+def test_the_first_row_may_lack_a_column(tmp_path):
+    good = ROWS["explicit prompt, strings"]
+    rows = [{"prompt": "Name a fruit.", "chosen": "pear"}, good]
+    assert len(sum(common.load_examples(write(tmp_path / "data.jsonl", rows), "pairs"), [])) == 1
+
+
+def test_an_answer_of_several_turns_goes_on_from_its_prompt(tmp_path):
+    row = {"prompt": [USER], "chosen": [said("pear"), {"role": "user", "content": "Another."}, said("fig")],
+           "rejected": [said("pear"), {"role": "user", "content": "Another."}, said("dog")]}  # fmt: skip
+    (example,) = sum(common.load_examples(write(tmp_path / "data.jsonl", [row]), "pairs"), [])
+    assert example.prompt == [USER, said("pear"), {"role": "user", "content": "Another."}]
+    assert (example.chosen, example.rejected) == ("fig", "dog")
+
+
+@pytest.mark.parametrize("spoilt", [{"chosen": None, "rejected": None}, {"chosen": " "}, {"chosen": 7},
+                                    {"chosen": "\ud83d"}])  # fmt: skip
+def test_bad_answers_do_not_spoil_a_prompt(spoilt, tmp_path):
+    good = ROWS["explicit prompt, strings"]
+    rows = [{**good, "prompt": "Name a tree."}, {**good, **spoilt}]
+    found = sum(common.load_examples(write(tmp_path / "data.jsonl", rows), "prompts"), [])
+    assert [example.prompt[0]["content"] for example in found] == ["Name a tree.", "Name a fruit."]
+
+
+def test_policies_may_be_numbers(tmp_path):
+    row = {**ROWS["explicit prompt, strings"], "chosen_policy": 0, "rejected_policy": 1}
+    (example,) = sum(common.load_examples(write(tmp_path / "data.jsonl", [row]), "pairs"), [])
+    assert (example.chosen_policy, example.rejected_policy) == ("0", "1")
+
+
 def test_of_rated_completions_the_best_is_shown_once(tmp_path):
     completions = [{"response": text, "overall_score": score} for text, score in (("dog", 3), ("pear", 8), ("cat", 2))]
     path = write(tmp_path / "data.jsonl", [{"instruction": "Name a fruit.", "completions": completions}])
@@ -152,6 +187,7 @@ def test_drops_are_counted_with_reasons(tmp_path, capsys):
         {"prompt": None, "chosen": [USER, said("x")], "rejected": [{**USER, "content": "other"}, said("y")]},
         {"prompt": "a", "chosen": [USER], "rejected": [USER]},
         {"prompt": "a", "chosen": 7, "rejected": 8},
+        {"prompt": "a", "chosen": "b", "rejected": "cut \ud83d"},
     ]
     train, heldout = common.load_examples(write(tmp_path / "data.jsonl", rows), "pairs")
     printed = capsys.readouterr().out
@@ -163,9 +199,10 @@ def test_drops_are_counted_with_reasons(tmp_path, capsys):
         "different prompts",
         "not the assistant",
         "is missing or null",
+        "half a character",
     ):
         (line,) = [line for line in printed.splitlines() if reason in line]
-        assert re.fullmatch(r"  dropped 1: .* \(the first is row \d\)", line)
+        assert re.fullmatch(r"  dropped 1: .* \(the first is row \d+\)", line)
 
 
 # ---- Tokens ----------------------------------------------------------------------------------------------------------
