@@ -14,6 +14,7 @@ intervals over prompts. Shapes: B sequences, P prompt tokens (left-padded), R re
 import gc
 import html
 import json
+import os
 import random
 import types
 from dataclasses import asdict, dataclass
@@ -435,11 +436,17 @@ def main(args: Args) -> None:
         gvm.config.num_context_trajectories = getattr(gvm.config, "num_context_trajectories", 0)
         gvm = add_methods(frozen(gvm), token_values)
 
-    folder = Path(args.output_dir)
+    rated = [e for e in heldout if e.rejected and e.chosen.strip() and e.rejected.strip() and e.chosen != e.rejected]
+    known = all(e.chosen_policy and e.rejected_policy for e in rated)
+    common.check(known or gvm is None or gvm.config.num_context_trajectories == 0,
+                 f"{args.gvm_path} is conditioned on trajectories, but {args.dataset} does not say who wrote each "
+                 "answer (chosen_policy, rejected_policy); use --gvm-path None")  # fmt: skip
+    folder = Path(args.output_dir).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise common.UserError(f"--output-dir {folder}: cannot be written ({error.strerror})") from error
+    common.check(os.access(folder, os.W_OK), f"--output-dir {folder}: cannot be written")  # before the work
 
     # ---- 4 Policies --------------------------------------------------------------------------------------------------
     by_prompt = lambda x: x.double().view(len(prompts), args.samples_per_prompt)
@@ -472,12 +479,8 @@ def main(args: Args) -> None:
         gc.collect()  # the model and its methods refer to each other: without it, its memory would stay taken
 
     # ---- 5 GVM: held-out pairs ---------------------------------------------------------------------------------------
-    rated = [e for e in heldout if e.chosen and e.rejected and e.chosen != e.rejected]
     if gvm is not None and rated:
-        judged, _ = tokenize(tokenizer, rated, "preference", args.max_prompt_length, args.response_length, heldout=True)
-        known = all(answer.policy for answer in judged) or gvm.config.num_context_trajectories == 0
-        common.check(known, f"{args.gvm_path} is conditioned on trajectories, but {args.dataset} does not say who wrote"
-                     " each answer (chosen_policy, rejected_policy); use --gvm-path None")  # fmt: skip
+        judged, _ = tokenize(tokenizer, rated, "preference", args.max_prompt_length, args.response_length)
         statistics = heldout_statistics(gvm, judged, tokenizer.pad_token_id, args.micro_batch_size, device)
         labels = torch.tensor([answer.label for answer in judged])
         pairs = torch.arange(len(judged)).view(-1, 2)

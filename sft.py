@@ -201,24 +201,21 @@ def demonstrations(
     """(prompt ids, response ids) of the chosen answers, or of both answers of every pair."""
     examples, prompts = common.fit_prompts(tokenizer, examples, args.max_prompt_length, heldout)
     sides = ("chosen", "rejected") if both else ("chosen",)
-    rows = [(p, getattr(e, side)) for p, e in zip(prompts, examples) for side in sides if getattr(e, side)]
-    return list(
-        zip([p for p, _ in rows], common.tokenize_answers(tokenizer, [a for _, a in rows], args.response_length))
-    )
+    rows = [(prompt, getattr(e, side) or "") for prompt, e in zip(prompts, examples) for side in sides]
+    rows = [(prompt, text) for prompt, text in rows if text.strip()]
+    responses = common.tokenize_answers(tokenizer, [text for _, text in rows], args.response_length)
+    return [(prompt, response) for (prompt, _), response in zip(rows, responses)]
 
 
 @torch.no_grad()
 def heldout_loss(policy, rows: list[common.Trajectory], pad_id: int, device, args: Args) -> float:
     """Mean negative log-likelihood per answer token of `rows`, shared among ranks."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    rows = rows[: max(1, len(rows) // world_size) * world_size]  # ranks must run equally many forward passes
-    mine = rows[rank % len(rows) :: world_size]
-    sums = torch.zeros(2, device=device)
+    mine, parts = [rows[i] for i in common.rows_of_rank(len(rows))], []
     for i in range(0, len(mine), args.micro_batch_size):
         batch = common.pad_batch(*zip(*mine[i : i + args.micro_batch_size]), pad_id, device)
         logprobs, _ = policy.token_logprobs(**batch, temperature=1.0)
-        sums += torch.stack([-logprobs.sum(), batch["response_mask"].sum()])
-    total, count = common.all_sum(sums).tolist()
+        parts.append(torch.stack([-logprobs.sum(1), batch["response_mask"].sum(1)], 1))  # (micro, 2)
+    total, count = common.all_gather(torch.cat(parts))[: len(rows)].sum(0).tolist()
     return total / count
 
 
