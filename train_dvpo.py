@@ -77,7 +77,7 @@ class Args:
     gamma: float = 1.0
     """discount per token (released code: 1)"""
     gae_lambda: float = 0.95
-    """1 trusts the values of whole answers alone, 0 each step's (released code: 0.95)"""
+    """GAE's lambda: 0 looks one token ahead, 1 to the value of the whole answer (released code: 0.95)"""
     kl_coef: float = 0.05
     """price of a nat of KL to the reference, taken off the reward (released code: 0.2, adaptive)"""
     kl_target: float | None = None
@@ -383,7 +383,7 @@ def main(args: Args) -> None:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + update)
         drawn = common.shuffled_batch(len(all_prompts), update, B, args.seed)
         prompts = [all_prompts[i] for i in drawn]
-        # Learning is the widest at first: if memory runs out, then now. Later, a micro-batch is as wide as it must be.
+        # The first update is padded to the widest batch there can be: if memory runs out, then now.
         width, crop = (longest_prompt, lambda *batch: batch) if update == 1 else (0, common.crop)
         padded = common.pad(prompts, tokenizer.pad_token_id, "left", width)
         prompt_ids, prompt_mask = (x.to(device) for x in padded)  # (B, P)
@@ -498,7 +498,8 @@ def main(args: Args) -> None:
             "time/peak_mem_gb": common.peak_memory_gb(device),
         }
         questions = [unique[i].prompt[-1]["content"] for i in drawn]
-        texts = [tokenizer.decode(ids[m], skip_special_tokens=True) for ids, m in zip(response_ids, response_mask)]
+        needed = zip(response_ids[: B if args.dataset == "toy" else 3], response_mask)
+        texts = [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in needed]
         if args.dataset == "toy":
             metrics["objective/gold"] = sum(map(common.toy_gold, questions, texts)) / B
         shown = ("objective/gold", "objective/scores", "objective/kl", "val/response_length", "val/eos_rate")
