@@ -100,7 +100,7 @@ def explain(error: Exception) -> str | None:
             return "out of memory while sampling: lower --rollout-micro-batch-size (evaluate.py: --micro-batch-size), "\
                    "--max-prompt-length or --response-length"  # fmt: skip
         return "out of memory while computing a batch: lower --micro-batch-size, --max-prompt-length or "\
-               "--response-length, or add --gradient-checkpointing or processes"  # fmt: skip
+               "--response-length, add processes or, in training, --gradient-checkpointing"  # fmt: skip
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{error.filename or 'an output file'} cannot be written ({error.strerror}): make room, then --resume"
     if re.search(r"os error (27|28|122)\b", text):  # the same, as safetensors tells it
@@ -131,9 +131,6 @@ def init_processes() -> torch.device:
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        count = torch.cuda.device_count()
-        check(device.index < count, f"--nproc_per_node: process {device.index + 1}, but only {count} GPUs")
-        torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     global _store
@@ -153,6 +150,10 @@ def init_processes() -> torch.device:
             raise UserError(f"environment: the processes cannot meet at {where} ({error})") from error
     else:
         _store, rank, world_size = dist.HashStore(), 0, 1
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        check(device.index < count, f"--nproc_per_node: process {device.index + 1}, but only {count} GPUs")
+        torch.cuda.set_device(device)
     dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     return device
 
@@ -175,8 +176,8 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over ranks, in place where there are several; without a process group, the tensor itself."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    """Sum over ranks, in place where there are several."""
+    if dist.get_world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
@@ -267,12 +268,11 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 def discounted_sums(x: torch.Tensor, decay: float) -> torch.Tensor:
     """`S_t = sum over u >= t of decay^(u - t) x_u`, for `x (B, N)`; returns `(B, N)`.
 
-    One product with a triangular matrix: no loop over time, N^2 extra memory (64 MB at N = 4,096).
+    One product with a triangular matrix: no loop over time, but some N^2 numbers (64 MB each at N = 4,096).
     """
-    steps = torch.arange(x.shape[1], device=x.device)
-    ahead = steps[:, None] - steps  # (N, N) u - t
-    weights = torch.where(ahead >= 0, torch.tensor(decay, dtype=x.dtype, device=x.device) ** ahead.clamp(min=0), 0.0)
-    return x @ weights
+    steps = torch.arange(x.shape[1], dtype=x.dtype, device=x.device)
+    ahead = (steps[:, None] - steps).clamp_(min=0)  # (N, N) u - t, with u along the rows
+    return x @ (decay**ahead).tril_()
 
 
 def td_lambda_returns(values, rewards, mask, gamma: float, lam: float) -> torch.Tensor:
@@ -389,7 +389,7 @@ def value_report(statistics: dict[str, torch.Tensor], outcomes: torch.Tensor, pa
 def value_tables(report: dict) -> str:
     """`value_report` as two readable tables."""
     accuracy = report["pair_accuracy"]
-    show = lambda x: "     -" if x is None else f"{x:6.3f}"  # noqa: E731
+    show = lambda x: "     -" if x is None else f"{x:6.3f}"
     lines = ["(p5: the 5th percentile of an answer's token values)"]
     lines.append("pair accuracy by  " + " ".join(f"{name:>6}" for name in accuracy))
     lines.append("                  " + " ".join(show(x) for x in accuracy.values()))
@@ -466,13 +466,13 @@ def toy_answer(rng: random.Random, prompt: str, policy: str) -> str:
     return toy_sentence(items)
 
 
-def toy_examples(num_train: int = 16_000, num_heldout: int = 2_000, seed: int = 0) -> tuple[list, list]:
+def toy_examples(num_train: int = 16_000, num_heldout: int = 2_000) -> tuple[list, list]:
     """Preference pairs between random behaviour policies, train and held-out, over disjoint prompts.
 
     An annotator sees the gold score through Gumbel noise and prefers the higher: Bradley-Terry preferences. The noisy
     scores are kept as `score_chosen` and `score_rejected`.
     """
-    rng = random.Random(seed)
+    rng = random.Random(0)
     prompts = []
     for number in TOY_NUMBERS:
         for category, items in TOY_CATEGORIES.items():
@@ -980,7 +980,7 @@ def load_pretrained(auto_class, path: str, **kwargs):
     unfinished = (local / "metrics.jsonl").exists() and not (local / "config.json").exists()
     check(not unfinished, f"{path}: an unfinished run, not yet a model; --resume it first")
     try:
-        return auto_class.from_pretrained(path, **kwargs)
+        return auto_class.from_pretrained(str(local) if local.is_dir() else path, **kwargs)
     except Exception as error:  # transformers, huggingface_hub and safetensors raise a dozen kinds
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{path}: cannot load {auto_class.__name__} ({reason[0]})") from error
@@ -1110,7 +1110,7 @@ class Run:
         Raises `UserError` for a folder that holds a run nobody said to resume or overwrite, that another run is using,
         for a run with other settings, and where no checkpoint is whole.
         """
-        self.args, self.script, self.folder = args, Path(script), Path(args.output_dir)
+        self.args, self.script, self.folder = args, Path(script), Path(args.output_dir).expanduser()
         self.checkpoints = self.folder / "checkpoints"
         self.started, self.printed, self.signal, self.handlers = time.time(), 0.0, 0, ()
         self.lock, self.metrics, self.tracker, self.close_tracker = None, None, None, lambda: None
@@ -1130,6 +1130,8 @@ class Run:
                 seen = [None, *self.look()]
             except UserError as error:
                 seen[0] = str(error)
+            except OSError as error:
+                seen[0] = f"--output-dir {self.folder}: cannot be read ({error.strerror})"
         dist.broadcast_object_list(seen)
         problem, self.finished, candidates = seen
         check(not problem, problem)
@@ -1361,8 +1363,8 @@ class Run:
             if self.writes:
                 shutil.rmtree(unfinished, ignore_errors=True)
             free = shutil.disk_usage(self.folder).free / 1e9
-            raise RunError(f"{target}: cannot be written ({reason(error)}; {free:.1f} GB are free there). Make room, "
-                           "then --resume goes on from the one before") from error  # fmt: skip
+            raise RunError(f"{target}: cannot be written ({last_line(error)}; {free:.1f} GB are free there). Make "
+                           "room, then --resume goes on from the one before") from error  # fmt: skip
 
     def tensors(self) -> dict:
         """Weights and optimizer states of what is trained, as shards."""
@@ -1381,7 +1383,7 @@ class Run:
         try:
             dcp.load(tensors, checkpoint_id=self.source)
         except dcp.CheckpointException as error:
-            raise UserError(f"{self.source}: does not fit {self.args.model_path} ({reason(error)})") from error
+            raise UserError(f"{self.source}: does not fit {self.args.model_path} ({last_line(error)})") from error
         for i, (model, optimizer, scheduler) in enumerate(self.trained):
             set_state_dict(model, optimizer, model_state_dict=tensors[str(i)]["model"],
                            optim_state_dict=tensors[str(i)]["optimizer"])  # fmt: skip
@@ -1434,7 +1436,7 @@ def launch() -> str:
     return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
 
 
-def reason(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
     """The last line of an error; of those of several ranks, the first's."""
     failures = getattr(error, "failures", {0: (error, None)})
     text = str(next(iter(failures.values()))[0])

@@ -383,7 +383,8 @@ def test_a_head_of_the_wrong_width(fails, tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("family, module", [("gemma3_text", train_gvm), ("opt", train_gvm), ("gpt2", train_gvm),
-                                            ("gemma2", sft), ("cohere", sft), ("t5", sft), ("bert", sft)])  # fmt: skip
+                                            ("gemma2", sft), ("cohere", sft), ("granite", sft), ("t5", sft),
+                                            ("bert", sft)])  # fmt: skip
 def test_unsupported_architectures(family, module, fails, tiny_model, tmp_path):
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -392,11 +393,14 @@ def test_unsupported_architectures(family, module, fails, tiny_model, tmp_path):
         sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 128}
     if family == "t5":
         sizes = {"d_model": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 128}
+    if family == "granite":
+        sizes["logits_scaling"] = 8.0
     config = AutoConfig.for_model(family, **sizes)
     auto = AutoModel if family == "t5" else AutoModelForCausalLM
     auto.from_config(config).save_pretrained(tmp_path / "model")
     common.load_tokenizer(tiny_model).save_pretrained(tmp_path / "model")
-    message = "Llama, Qwen2, Qwen3, Mistral[^{]*$" if module is train_gvm else "not supported|cannot load|no list of"
+    message = {"cohere": "more to its logits", "granite": "more to its logits"}.get(family, "not supported|cannot load")
+    message = "Llama, Qwen2, Qwen3, Mistral[^{]*$" if module is train_gvm else message
     fails(module, message, model_path=str(tmp_path / "model"))
 
 
@@ -420,6 +424,16 @@ def test_nothing_is_held_out(make, fails, tiny_model):
     prompt = next(f"list {i}" for i in range(999) if random.Random(f"list {i}").random() >= 0.05)
     fails(evaluate, "none of its few prompts is held out", policies=(f"a={tiny_model}",), reference_path=tiny_model,
           gvm_path=None, dataset=make([{**PAIR, "prompt": prompt}]))  # fmt: skip
+
+
+def test_a_conditioned_gvm_must_know_who_wrote_the_pairs(make, fails, tiny_model, tiny_gvm, tmp_path, monkeypatch):
+    """And says so before any answer is sampled."""
+    folder = Path(shutil.copytree(tiny_gvm, tmp_path / "gvm"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_context_trajectories": 1}))
+    monkeypatch.delattr(evaluate, "generate")
+    fails(evaluate, "does not say who wrote each answer", policies=(f"a={tiny_model}",), reference_path=tiny_model,
+          gvm_path=str(folder), dataset=make([PAIR]) + ":train")  # fmt: skip
 
 
 # ---- Paths, permissions, environment ---------------------------------------------------------------------------------
@@ -518,5 +532,5 @@ def test_no_remote_code_and_no_pickle():
     assert not [name for name, text in sources.items() if "trust_remote_code" in text or "torch.load" in text]
     loads = [f"{name}: {line.strip()}" for name, text in sources.items() for line in text.splitlines()
              if ".from_pretrained(" in line and '"""' not in line]  # fmt: skip
-    assert loads == ["common.py: return auto_class.from_pretrained(path, **kwargs)"]
+    assert loads == ["common.py: return auto_class.from_pretrained(str(local) if local.is_dir() else path, **kwargs)"]
     assert sources["common.py"].count("use_safetensors=True") == 2  # of a policy and of a value model

@@ -43,6 +43,15 @@ def test_copies_have_not_drifted():
     assert markers == marked > 0  # every marker stands right above a function or class
 
 
+def test_dvpo_and_ppo_sample_alike():
+    """The rollout stands inline in both loops; the comparison rests on its being the same."""
+    rollouts = []
+    for script in ("train_dvpo", "train_ppo_baseline"):
+        main = (ROOT / f"{script}.py").read_text().split("\ndef main(")[1]
+        rollouts.append(main.split("# ---- 4 Rollout")[1].split("# ---- 5 Score")[0])
+    assert rollouts[0] == rollouts[1]
+
+
 def test_a_drifted_copy_is_found(tmp_path, monkeypatch):
     (tmp_path / "a.py").write_text("def f():\n    return 1\n")
     (tmp_path / "b.py").write_text("# Copied from a.f\ndef f():\n    return 2\n")
