@@ -135,6 +135,8 @@ def trial(kind: str, script: str, models: Path, reference: tuple, seconds: float
             code = outcome(pid)
             if code == 0 or (kind == "damaged checkpoint" and len(found()) < 2):
                 return "missed"  # it had ended already, or there was nothing to damage
+            if kind == "kill -9 while saving" and not saves():
+                return "missed"  # no checkpoint was left unfinished
             if kind == "SIGTERM" and code not in (128 + signal.SIGTERM, -signal.SIGTERM):
                 return f"left with {code}: {log.read_text()[-300:]}"
             if kind == "damaged checkpoint":
