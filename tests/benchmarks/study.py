@@ -6,10 +6,11 @@ one pass over the pairs.
     pip install -e '.[peers,report]'
     python tests/benchmarks/study.py                     # resumable: what stands in --results is not run again
     python tests/benchmarks/study.py --only base frontier
-    python tests/benchmarks/study_report.py              # tables and plots
+    python tests/benchmarks/study_report.py --results runs/study/study.jsonl --output-dir runs/study
 
 Every run appends one JSON line to `--results`, so a stopped study goes on where it was. Runs go through the real
-`main` of each script, `--num-workers` side by side, each on one core.
+`main` of each script, `--num-workers` side by side, each on one core. The rows behind the README are in
+`tests/benchmarks/results/study.jsonl`.
 """
 
 import concurrent.futures
@@ -24,8 +25,9 @@ import sys
 import threading
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # a core per run; read when torch is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -35,7 +37,8 @@ import tyro  # noqa: E402
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "peers")]
 
-EXPERIMENTS = ("tuning", "base", "frontier", "uncentered", "advantage", "gvm", "stability", "unreliable")
+EXPERIMENTS = ("tuning", "base", "frontier", "uncentered", "ppo_variants", "advantage", "gvm", "stability",
+               "unreliable")  # fmt: skip
 COEFS = {  # of the KL to the reference: kl_coef (DVPO, PPO), beta (GRPO, DPO)
     "dvpo": (0.2, 0.1, 0.05, 0.025, 0.0125),
     "ppo": (0.4, 0.2, 0.1, 0.05, 0.025),
@@ -68,11 +71,13 @@ ADVANTAGES = {
     "gae_lambda=0.5": {"gae_lambda": 0.5},
     "gae_lambda=1": {"gae_lambda": 1.0},
 }
-
+PPO_VARIANTS = {  # what DVPO was given or had tried, given to PPO
+    "centered, kl_coef=0.05": {"centered": True, "kl_coef": 0.05},
+    "centered, kl_coef=0.025": {"centered": True, "kl_coef": 0.025},
+    "gae_lambda=1": {"gae_lambda": 1.0},
+}
 
 TUNING_SEED = 100  # of runs that only choose settings
-# Of the seeds asked for; the others take all.
-NUM_SEEDS = {"advantage": 3, "gvm": 3, "stability": 3, "unreliable": 3}
 TUNING = {  # all that was tried; the defaults are the best of it
     "dvpo": (
         {"learning_rate": 1e-4},
@@ -96,11 +101,14 @@ TUNING = {  # all that was tried; the defaults are the best of it
         {"learning_rate": 6e-4},
         {"learning_rate": 6e-4, "num_generations": 4},
         {"learning_rate": 6e-4, "num_generations": 16},
+        # and where it is compared with DVPO
+        *({"learning_rate": 6e-4, "beta": beta, "num_generations": n} for beta in (0.16, 0.32) for n in (8, 16)),
     ),
     "dpo": (
         *({"learning_rate": rate, "beta": 0.1} for rate in (3e-5, 1e-4, 3e-4, 1e-3)),
         {"learning_rate": 1e-4, "beta": 0.1, "num_epochs": 2},
         *({"learning_rate": rate, "beta": beta} for rate in (1e-4, 3e-4) for beta in (0.3, 1.0)),
+        *({"learning_rate": 3e-4, "beta": beta, "num_epochs": 3} for beta in (1.0, 2.0)),
     ),
 }
 
@@ -115,7 +123,7 @@ class Args:
     """seeds of all stages"""
     num_workers: int = 2
     """runs side by side"""
-    results: str = str(Path(__file__).parent / "results" / "study.jsonl")
+    results: str = "runs/study/study.jsonl"
     """file that every finished run is added to"""
     output_dir: str = "runs/study"
     """folder of the models"""
@@ -164,6 +172,9 @@ def cells(experiment: str, seed: int) -> list[Cell]:
     if experiment == "uncentered":
         return [train("dvpo", f"gae_uncentered, kl_coef={coef:g}", {"advantage": "gae_uncentered", "kl_coef": coef},
                       coef=coef) for coef in COEFS["dvpo"]]  # fmt: skip
+    if experiment == "ppo_variants":
+        return [train("ppo", setting, flags, coef=flags.get("kl_coef", DEFAULT["ppo"]))
+                for setting, flags in PPO_VARIANTS.items()]  # fmt: skip
     if experiment == "gvm":
         made = []
         for setting, flags in GVMS.items():
@@ -274,6 +285,30 @@ class Recorder:
         return rows
 
 
+def center(advantages_of):
+    """`ppo_advantages`, centred per token over the batch's other answers, as DVPO's are."""
+
+    def centered(values, scores, kl, mask, *rest):
+        import common
+
+        advantages, returns = advantages_of(values, scores, kl, mask, *rest)
+        num_others = mask.sum(0) - 1  # (R,)
+        advantages = advantages - (advantages.sum(0) - advantages) / num_others.clamp(min=1)
+        return common.masked_whiten(advantages, mask), returns
+
+    return centered
+
+
+def stands(module, flags: dict) -> bool:
+    """Has another run of this seed made this very model?"""
+    folder = Path(flags["output_dir"])
+    if not (folder / "model.safetensors").exists():
+        return False
+    made = json.loads((folder / "args.json").read_text())
+    wanted = json.loads(json.dumps(asdict(module.Args(**flags))))
+    return {**made, "overwrite": None} == {**wanted, "overwrite": None}
+
+
 def run_cell(cell: Cell, folder: str) -> dict:
     """Train, evaluate, and return the row of results."""
     import importlib
@@ -286,18 +321,23 @@ def run_cell(cell: Cell, folder: str) -> dict:
     row = {"key": cell.key, "experiment": cell.experiment, "method": cell.method, "setting": cell.setting,
            "seed": cell.seed, "coef": cell.coef, "stages": cell.stages, "seconds": {}}  # fmt: skip
     for script, flags in cell.stages:
-        final = Path(flags["output_dir"]) / "model.safetensors"
-        if final.exists() and script in ("sft", "train_gvm"):
-            continue  # another run of this seed has made it
         if "reward_path" in flags and Path("rm/model.safetensors").exists():
             flags["reward_path"] = "rm"
-        module = importlib.import_module(script)
+        module, flags = importlib.import_module(script), {"model_path": "sft", "seed": cell.seed, **flags}
+        centered, took = flags.pop("centered", False), Path(f"{flags['output_dir']}-seconds.txt")
+        if script in ("sft", "train_gvm") and took.exists() and stands(module, flags):
+            row["seconds"][script] = float(took.read_text())
+            continue
         start = time.perf_counter()
         recorded = script in ("train_dvpo", "train_ppo_baseline")
-        with Recorder(module) if recorded else contextlib.nullcontext() as recorder:
+        with contextlib.ExitStack() as stack:
+            if centered:
+                stack.enter_context(mock.patch.object(module, "ppo_advantages", center(module.ppo_advantages)))
+            recorder = stack.enter_context(Recorder(module)) if recorded else None
             more = {} if script in ("dpo", "grpo") else {"overwrite": True}  # what a stopped study has left
-            module.main(module.Args(**{"model_path": "sft", "seed": cell.seed, **more, **flags}))
+            module.main(module.Args(**flags, **more))
         row["seconds"][script] = time.perf_counter() - start
+        took.write_text(str(row["seconds"][script]))
         if recorded:
             row["critic"] = recorder.windows()
     metrics = Path(cell.policy or "") / "metrics.jsonl"
@@ -368,12 +408,12 @@ def run_job(job: list[Cell], folder: str, log_file: str) -> list[dict]:
 
 def main(args: Args) -> None:
     results, output_dir = Path(args.results), Path(args.output_dir).resolve()
-    results.parent.mkdir(exist_ok=True)
+    results.parent.mkdir(parents=True, exist_ok=True)
     output_dir.mkdir(parents=True, exist_ok=True)
     done = {json.loads(line)["key"] for line in results.read_text().splitlines()} if results.exists() else set()
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.num_workers, context, leave_with_parent) as pool:
-        seeds_of = lambda e: (TUNING_SEED,) if e == "tuning" else args.seeds[: NUM_SEEDS.get(e)]
+        seeds_of = lambda e: (TUNING_SEED,) if e == "tuning" else args.seeds
         all_seeds = dict.fromkeys(seed for experiment in args.only for seed in seeds_of(experiment))
         for base in (True, False):
             jobs = []
@@ -384,6 +424,8 @@ def main(args: Args) -> None:
                 todo = [cell for seed in seeds_of(experiment) for cell in cells(experiment, seed)]
                 todo = [cell for cell in todo if any(part in cell.key for part in args.match)]
                 jobs += [[cell] for cell in todo if cell.key not in done and experiment != "base"]
+            if not base and not jobs:
+                print(f"nothing to run: {args.results} has all that was asked for (another --results starts anew)")
             futures = {}
             for i, job in enumerate(job for job in jobs if job):
                 folder = output_dir / f"seed{job[0].seed}"

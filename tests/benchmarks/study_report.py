@@ -1,12 +1,16 @@
 """Tables (Markdown) and plots (SVG) of what `study.py` has run.
 
-    python tests/benchmarks/study_report.py
+    python tests/benchmarks/study_report.py              # of the rows behind the README
+    python tests/benchmarks/study_report.py --results runs/study/study.jsonl --output-dir runs/study
+
+Out: `report.md` and three plots in `--output-dir`.
 
 A point is the interquartile mean over seeds with its 95 % bootstrap interval over seeds, as arXiv:2108.13264 asks; with
 so few seeds such an interval is too short (at 5 seeds it covers the truth nine times in ten). Differences between
 methods are taken seed by seed, with a t-interval. Runs that are missing are left out: see the number of seeds.
 """
 
+import contextlib
 import json
 from collections import defaultdict
 from dataclasses import dataclass
@@ -17,7 +21,11 @@ import tyro
 from study import COEFS, DEFAULT, TUNING_SEED
 
 FOLDER = Path(__file__).parent / "results"
-T_QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+# 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom; the last one serves for all above.
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+               2.120, 2.110, 2.101, 2.093)  # fmt: skip
+CHOSEN_ON = (1, 2, 3)  # the seeds on which centring was chosen
+FAR_APART = 2.5  # nats between neighbouring coefficients beyond which nothing is interpolated
 COLORS = {"dvpo": "#c0392b", "uncentered": "#e59866", "ppo": "#2471a3", "grpo": "#229954", "dpo": "#7d3c98",
           "sft": "#555555"}  # fmt: skip
 NAMES = {"sft": "SFT", "dvpo": "DVPO", "uncentered": "DVPO, gae_uncentered", "ppo": "PPO", "grpo": "GRPO (TRL)",
@@ -29,7 +37,7 @@ class Args:
     results: str = str(FOLDER / "study.jsonl")
     """what study.py has written"""
     output_dir: str = str(FOLDER)
-    """folder of the plots"""
+    """folder of report.md and the plots"""
 
 
 def iqm(x: torch.Tensor) -> torch.Tensor:
@@ -58,7 +66,7 @@ def show(values: list[float]) -> str:
 def paired(ours: list[float], theirs: list[float]) -> str:
     """Both means, and the mean difference with half of its 95 % t-interval, seed by seed."""
     x, y = torch.tensor(ours, dtype=torch.float64), torch.tensor(theirs, dtype=torch.float64)
-    half = T_QUANTILE[len(x)] * (x - y).std().item() / len(x) ** 0.5
+    half = T_QUANTILES[min(len(x), len(T_QUANTILES) + 1) - 2] * (x - y).std().item() / len(x) ** 0.5
     return f"{x.mean():.3f} - {y.mean():.3f} = {(x - y).mean():+.3f} ± {half:.3f}, {len(x)} seeds"
 
 
@@ -113,10 +121,15 @@ def frontier(rows: list[dict], folder: Path, plt) -> None:
 
     print("\n## Gold at equal KL, seed by seed (linear between neighbouring coefficients)")
     curves = {method: by_seed(row for members in settings for row in members) for method, settings in points.items()}
-    pairs = [("dvpo", "ppo"), ("uncentered", "ppo"), ("dvpo", "grpo"), ("dvpo", "dpo")]
-    lines = [[f"{kl:g}", *(at_equal_kl(curves.get(ours, {}), curves.get(other, {}), kl) for ours, other in pairs)]
-             for kl in (0.95, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5)]  # fmt: skip
-    table("KL | DVPO - PPO | gae_uncentered - PPO | DVPO - GRPO (TRL) | DVPO - DPO (TRL)", lines)
+    fresh = {seed: curve for seed, curve in curves.get("dvpo", {}).items() if seed not in CHOSEN_ON}
+    pairs = [(curves.get("dvpo", {}), "ppo"), (fresh, "ppo"), (curves.get("uncentered", {}), "ppo"),
+             (curves.get("dvpo", {}), "grpo")]  # fmt: skip
+    lines = [[f"{kl:g}", *(at_equal_kl(ours, curves.get(other, {}), kl) for ours, other in pairs)]
+             for kl in (0.95, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0)]  # fmt: skip
+    table(
+        "KL | DVPO - PPO | the same, seeds that centring was not chosen on | gae_uncentered - PPO | DVPO - GRPO (TRL)",
+        lines,
+    )
 
     print("\n## What centring adds to the gold score, per KL coefficient and seed")
     gold = lambda name: {(row["coef"], row["seed"]): row["policy"]["gold"]["mean"] for members in points.get(name, [])
@@ -145,9 +158,9 @@ def at_equal_kl(curves: dict, others: dict, kl: float) -> str:
 
 
 def interpolate(curve: list[tuple[float, float]], kl: float) -> float | None:
-    """Gold at `kl` between two neighbouring runs of a seed; None beyond them or where they lie 2 nats or more apart."""
+    """Gold at `kl` between two neighbouring runs of a seed; None beyond them or where they lie too far apart."""
     for (k0, g0), (k1, g1) in zip(curve, curve[1:]):
-        if min(k0, k1) <= kl <= max(k0, k1) and abs(k1 - k0) < 2:
+        if min(k0, k1) <= kl <= max(k0, k1) and abs(k1 - k0) < FAR_APART:
             return g0 + (g1 - g0) * (kl - k0) / (k1 - k0 or 1)
     return None
 
@@ -256,8 +269,8 @@ def value_models(rows: list[dict]) -> None:
         print(f"\nReward model (Bradley-Terry), pair accuracy: {show(rm)}, {len(rm)} seeds")
     print("\n## Value models by fraction of the answer seen")
     lines = []
-    for (_, setting), members in groups.items():
-        if "gvm" in members[0] and (setting == "default" or "updates more" in setting):
+    for (_, setting), members in group(rows, "base", "gvm", "earlier").items():
+        if "gvm" in members[0] and setting.startswith(("default", "1,500 updates", "3,000 updates")):
             fractions = members[0]["gvm"]["by_fraction"]
             for key in ("pair_accuracy", "explained_variance", "gold_correlation"):
                 cells = [show([row["gvm"]["by_fraction"][f][key] for row in members]) for f in fractions]
@@ -296,6 +309,21 @@ def simple(rows: list[dict], title: str, *experiments: str) -> None:
         table("method | setting | seeds | gold | worst seed | KL | tokens", lines)
 
 
+def variants(rows: list[dict]) -> None:
+    """PPO with what DVPO was given, less PPO as it is at the same coefficient and seed."""
+    runs = {(row["coef"], row["seed"]): row for row in rows
+            if row["method"] == "ppo" and row["experiment"] in ("base", "frontier")}  # fmt: skip
+    lines = []
+    for (_, setting), members in group(rows, "ppo_variants").items():
+        both = [(row, runs[row["coef"], row["seed"]]) for row in members if (row["coef"], row["seed"]) in runs]
+        measures = (lambda row: row["policy"]["gold"]["mean"], lambda row: row["policy"]["kl"])
+        if len(both) > 1:
+            lines.append([setting, *(paired(*zip(*((of(row), of(plain)) for row, plain in both))) for of in measures)])
+    if lines:
+        print("\n## PPO with what DVPO was given, less PPO as it is, seed by seed")
+        table("variant | gold | KL", lines)
+
+
 def main(args: Args) -> None:
     import matplotlib
 
@@ -306,6 +334,13 @@ def main(args: Args) -> None:
     rows = [json.loads(line) for line in Path(args.results).read_text().splitlines()]
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "report.md", "w") as file, contextlib.redirect_stdout(file):
+        write_report(rows, folder, plt)
+    print(f"wrote {folder}/report.md and the plots")
+
+
+def write_report(rows: list[dict], folder: Path, plt) -> None:
+    print("# The study on the embedded task\n\nMade by `python tests/benchmarks/study_report.py`.\n")
     for row in rows:  # the tuning seed's default runs belong to the tuning
         row["experiment"] = "tuning" if row["seed"] == TUNING_SEED else row["experiment"]
     print(f"{len(rows)} runs; interquartile means over seeds with 95 % bootstrap intervals")
@@ -318,9 +353,13 @@ def main(args: Args) -> None:
     at_default = [row for row in rows if row["experiment"] != "uncentered" or row["coef"] == DEFAULT["dvpo"]]
     simple(at_default, "Advantage estimator", "uncentered", "advantage")
     simple(rows, "Stability: learning rates", "stability")
+    variants(rows)
     exploited(rows)
+    simple(rows, "Settings that were given up", "earlier")
     simple(rows, "Tuning: one seed that no other table uses", "tuning")
-    print(f"\nAll runs together: {sum(row['wall'] for row in rows) / 3600:.1f} core hours")
+    untold = sum("train_gvm" in dict(row.get("stages", ())) and "train_gvm" not in row["seconds"] for row in rows)
+    hours = sum(row["wall"] for row in rows) / 3600
+    print(f"\nAll runs together: {hours:.1f} core hours, without {untold} value models that stood already")
 
 
 if __name__ == "__main__":
