@@ -391,11 +391,14 @@ def value_tables(report: dict) -> str:
     accuracy = report["pair_accuracy"]
     show = lambda x: "     -" if x is None else f"{x:6.3f}"
     lines = ["(p5: the 5th percentile of an answer's token values)"]
-    lines.append("pair accuracy by  " + " ".join(f"{name:>6}" for name in accuracy))
-    lines.append("                  " + " ".join(show(x) for x in accuracy.values()))
-    lines.append("answer seen       " + " ".join(f"{float(f):6.0%}" for f in report["by_fraction"]))
-    for key in ("pair_accuracy", "explained_variance", "correlation"):
-        lines.append(f"{key:<18}" + " ".join(show(row[key]) for row in report["by_fraction"].values()))
+    lines.append(f"{'pair accuracy by':<20}" + " ".join(f"{name:>6}" for name in accuracy))
+    lines.append(" " * 20 + " ".join(show(x) for x in accuracy.values()))
+    lines.append(f"{'answer seen':<20}" + " ".join(f"{float(f):6.0%}" for f in report["by_fraction"]))
+    names = {"pair_accuracy": "pair accuracy", "explained_variance": "explained variance",
+             "correlation": "label correlation", "gold_correlation": "gold correlation"}  # fmt: skip
+    for key, name in names.items():
+        if all(key in row for row in report["by_fraction"].values()):
+            lines.append(f"{name:<20}" + " ".join(show(row[key]) for row in report["by_fraction"].values()))
     return "\n".join(lines)
 
 
@@ -834,6 +837,9 @@ def tokenize_answers(tokenizer, answers: list[str], max_length: int) -> list[lis
     end, controls = end_of_turn_id(tokenizer), control_ids(tokenizer)
     texts = tokenizer(answers, add_special_tokens=False).input_ids if answers else []
     tokens = [[i for i in ids if i not in controls] + [end] for ids in texts]
+    unknown = sum(ids.count(tokenizer.unk_token_id) for ids in texts) / max(1, sum(map(len, texts)))
+    if unknown:
+        log(f"  {unknown:.1%} of the answers' tokens are unknown to the tokenizer")
     spoilt = sum(len(ids) <= len(text) for ids, text in zip(tokens, texts))
     cut = sum(len(ids) > max_length for ids in tokens)
     if spoilt:

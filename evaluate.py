@@ -369,6 +369,12 @@ def policy_table(policies: dict) -> list[list[str]]:
     return [["policy", *columns], *rows]
 
 
+def caption(policies: dict) -> str:
+    """What the numbers of `policy_table` mean."""
+    judge = next((row["win_rate"]["judge"] for row in policies.values() if "win_rate" in row), "no judge")
+    return f"95 % bootstrap intervals over prompts; win rate by {judge} against the first policy, ties half"
+
+
 def write_html(path: Path, results: dict, samples: list[list[str]]) -> None:
     """A self-contained page: no script, no request, and every text of a model or dataset escaped."""
 
@@ -377,8 +383,7 @@ def write_html(path: Path, results: dict, samples: list[list[str]]) -> None:
         return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
 
     body = ["<h1>Evaluation</h1><h2>Policies</h2>", table(policy_table(results["policies"]))]
-    judge = next((row["win_rate"]["judge"] for row in results["policies"].values() if "win_rate" in row), "no judge")
-    body += [f"<p>95 % bootstrap intervals over prompts; win rate by {judge} against the first policy, ties half.</p>"]
+    body += [f"<p>{html.escape(caption(results['policies']))}</p>"]
     if "gvm" in results:
         body += ["<h2>Global value model</h2><pre>", html.escape(common.value_tables(results["gvm"])), "</pre>"]
     body += ["<h2>Samples</h2>", table(samples)]
@@ -507,6 +512,7 @@ def main(args: Args) -> None:
     table = policy_table(results["policies"])
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     common.log("\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table))
+    common.log(f"({caption(results['policies'])})")
     if "gvm" in results:
         common.log(f"\n{args.gvm_path} on held-out pairs:\n{common.value_tables(results['gvm'])}")
         if "by_policy" in results["gvm"]:

@@ -660,7 +660,7 @@ def main(args: Args) -> None:
         run.log(update, metrics, shown)
         if update % args.sample_every == 0 or update == args.num_updates:
             for question, text, score in zip(questions[:3], texts, scores.tolist()):
-                common.log(f"    {score:+.2f}  {question[-200:]!r} -> {text[:300]!r}")
+                common.log(f"    score {score:+.2f}  {question[-200:]!r} -> {text[:300]!r}")
         if off_support > 0.5 and not carried.warned:
             carried.warned = True
             common.log(

@@ -12,6 +12,7 @@ methods are taken seed by seed, with a t-interval. Runs that are missing are lef
 
 import contextlib
 import json
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,6 +277,15 @@ def value_models(rows: list[dict]) -> None:
                 cells = [show([row["gvm"]["by_fraction"][f][key] for row in members]) for f in fractions]
                 lines.append([setting, str(len(members)), key.replace("_", " "), *cells])
     table("GVM | seeds | | 0 % | 25 % | 50 % | 75 % | 100 %", lines)
+    accuracy = lambda row: {f: x["pair_accuracy"] for f, x in row["gvm"]["by_fraction"].items()}
+    at = {setting: {row["seed"]: accuracy(row) for row in members}
+          for (_, setting), members in groups.items() if setting.startswith("3,000 updates")}  # fmt: skip
+    control, lines = at.pop("3,000 updates more", {}), []
+    for setting, accuracies in at.items():
+        both = [(accuracies[seed], control[seed]) for seed in sorted(accuracies.keys() & control.keys())]
+        if len(both) > 1:
+            lines.append([setting, *(paired(*zip(*((x[f], y[f]) for x, y in both))) for f in ("0.5", "0.75", "1"))])
+    table("less the control, pair accuracy | 50 % | 75 % | 100 %", lines)
     policies = defaultdict(list)
     for row in rows:
         if row["experiment"] == "base" and row["method"] == "gvm":
@@ -325,8 +335,10 @@ def variants(rows: list[dict]) -> None:
 
 
 def main(args: Args) -> None:
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        sys.exit("error: matplotlib is not installed; pip install -e '.[report]'")
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "study"  # the same plot is the same file
     import matplotlib.pyplot as plt
@@ -355,7 +367,7 @@ def write_report(rows: list[dict], folder: Path, plt) -> None:
     simple(rows, "Stability: learning rates", "stability")
     variants(rows)
     exploited(rows)
-    simple(rows, "Settings that were given up", "earlier")
+    simple(rows, "Settings that were given up", "earlier", "DPO at learning rate 1e-3")
     simple(rows, "Tuning: one seed that no other table uses", "tuning")
     untold = sum("train_gvm" in dict(row.get("stages", ())) and "train_gvm" not in row["seconds"] for row in rows)
     hours = sum(row["wall"] for row in rows) / 3600
