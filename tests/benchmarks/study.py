@@ -37,8 +37,8 @@ import tyro  # noqa: E402
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "peers")]
 
-EXPERIMENTS = ("tuning", "base", "frontier", "uncentered", "ppo_variants", "advantage", "gvm", "stability",
-               "unreliable")  # fmt: skip
+EXPERIMENTS = ("tuning", "base", "frontier", "uncentered", "ppo_variants", "dpo_passes", "advantage", "gvm",
+               "stability", "unreliable")  # fmt: skip
 COEFS = {  # of the KL to the reference: kl_coef (DVPO, PPO), beta (GRPO, DPO)
     "dvpo": (0.2, 0.1, 0.05, 0.025, 0.0125),
     "ppo": (0.4, 0.2, 0.1, 0.05, 0.025),
@@ -172,6 +172,9 @@ def cells(experiment: str, seed: int) -> list[Cell]:
     if experiment == "uncentered":
         return [train("dvpo", f"gae_uncentered, kl_coef={coef:g}", {"advantage": "gae_uncentered", "kl_coef": coef},
                       coef=coef) for coef in COEFS["dvpo"]]  # fmt: skip
+    if experiment == "dpo_passes":  # three, where the frontier has one: better on the tuning seed
+        return [train("dpo", f"beta={beta:g}, num_epochs=3", {"beta": beta, "num_epochs": 3}, coef=beta)
+                for beta in (1.0, 0.5)]  # fmt: skip
     if experiment == "ppo_variants":
         return [train("ppo", setting, flags, coef=flags.get("kl_coef", DEFAULT["ppo"]))
                 for setting, flags in PPO_VARIANTS.items()]  # fmt: skip

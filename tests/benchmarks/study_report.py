@@ -366,6 +366,7 @@ def write_report(rows: list[dict], folder: Path, plt) -> None:
     simple(at_default, "Advantage estimator", "uncentered", "advantage")
     simple(rows, "Stability: learning rates", "stability")
     variants(rows)
+    simple(rows, "DPO with three passes instead of one", "dpo_passes")
     exploited(rows)
     simple(rows, "Settings that were given up", "earlier", "DPO at learning rate 1e-3")
     simple(rows, "Tuning: one seed that no other table uses", "tuning")
