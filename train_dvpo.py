@@ -209,6 +209,16 @@ def token_values(model, input_ids, attention_mask, response_mask) -> torch.Tenso
     return hidden.float() @ model.score.weight[0].float()
 
 
+def center_per_token(advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`advantages (B, R)`, zero outside `mask (B, R)`, less the mean of the batch's other answers at the same token.
+
+    No answer is in its own baseline (RLOO, arXiv:2402.14740), so this adds no bias; a token that one answer alone
+    reaches keeps its advantage.
+    """
+    num_others = mask.sum(0) - 1  # (R,)
+    return advantages - (advantages.sum(0) - advantages) / num_others.clamp(min=1)
+
+
 def dvpo_advantages(gvm_values, kl, mask, estimator: str, gamma: float, lam: float, kl_coef: float) -> torch.Tensor:
     """Token advantages from the frozen GVM: ours, the paper's (arXiv:2502.16944v2) and the released code's.
 
@@ -221,11 +231,9 @@ def dvpo_advantages(gvm_values, kl, mask, estimator: str, gamma: float, lam: flo
         advantages = common.gae(gvm_values, rewards, mask, gamma, lam)  # (B, R)
         if estimator == "gae":
             # DEVIATION: frozen values fall behind a policy that gets better, and the further, the less of an answer
-            # they have seen. The batch's other answers show by how much: their mean advantage at the same token brings
-            # the baseline up to date, as a critic that learns along would. No answer is in its own baseline (RLOO), so
-            # this adds no bias; a token that one answer alone reaches keeps its advantage.
-            num_others = mask.sum(0) - 1  # (R,)
-            advantages = advantages - (advantages.sum(0) - advantages) / num_others.clamp(min=1)
+            # they have seen. The batch's other answers show by how much: their mean advantage brings the baseline up
+            # to date, as a critic that learns along would.
+            advantages = center_per_token(advantages, mask)
     elif estimator == "q":
         advantages = rewards + gvm_values[:, 1:]  # static Q(s_t, a_t), no baseline
     else:

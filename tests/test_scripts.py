@@ -270,7 +270,7 @@ def test_ranks_and_micro_batches_do_not_change_a_run(
 
 @pytest.mark.parametrize("extra", [{"ranks": 2}, {"flags": ["--micro-batch-size", 3]}])
 def test_ranks_and_micro_batches_do_not_change_an_evaluation(extra, chain, tmp_path):
-    """An odd number of answers and of pairs: of two ranks one repeats a row, which must not count twice."""
+    """An odd number of answers: of two ranks one repeats a row, which must not count twice."""
     command = ["evaluate.py", f"dvpo={chain / 'dvpo'}", "--reference-path", chain / "sft", "--gvm-path", chain / "gvm",
                "--num-prompts", 5, "--samples-per-prompt", 1]  # fmt: skip
     results = []

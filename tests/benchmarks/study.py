@@ -78,7 +78,7 @@ PPO_VARIANTS = {  # what DVPO was given or had tried, given to PPO
 }
 
 TUNING_SEED = 100  # of runs that only choose settings
-TUNING = {  # all that was tried; the defaults are the best of it
+TUNING = {  # all that was tried; the defaults are the best of it, but for DPO's passes, tried last: see `dpo_passes`
     "dvpo": (
         {"learning_rate": 1e-4},
         {"learning_rate": 3e-4},
@@ -289,15 +289,14 @@ class Recorder:
 
 
 def center(advantages_of):
-    """`ppo_advantages`, centred per token over the batch's other answers, as DVPO's are."""
+    """`ppo_advantages`, centred as DVPO's are."""
 
     def centered(values, scores, kl, mask, *rest):
         import common
+        import train_dvpo
 
         advantages, returns = advantages_of(values, scores, kl, mask, *rest)
-        num_others = mask.sum(0) - 1  # (R,)
-        advantages = advantages - (advantages.sum(0) - advantages) / num_others.clamp(min=1)
-        return common.masked_whiten(advantages, mask), returns
+        return common.masked_whiten(train_dvpo.center_per_token(advantages, mask), mask), returns
 
     return centered
 
@@ -418,6 +417,7 @@ def main(args: Args) -> None:
     with concurrent.futures.ProcessPoolExecutor(args.num_workers, context, leave_with_parent) as pool:
         seeds_of = lambda e: (TUNING_SEED,) if e == "tuning" else args.seeds
         all_seeds = dict.fromkeys(seed for experiment in args.only for seed in seeds_of(experiment))
+        ran = False
         for base in (True, False):
             jobs = []
             for seed in all_seeds if base else ():  # what the others need is one job, made again where it is missing
@@ -427,10 +427,10 @@ def main(args: Args) -> None:
                 todo = [cell for seed in seeds_of(experiment) for cell in cells(experiment, seed)]
                 todo = [cell for cell in todo if any(part in cell.key for part in args.match)]
                 jobs += [[cell] for cell in todo if cell.key not in done and experiment != "base"]
-            if not base and not jobs:
-                print(f"nothing to run: {args.results} has all that was asked for (another --results starts anew)")
+            jobs = [job for job in jobs if job]
+            ran = ran or bool(jobs)
             futures = {}
-            for i, job in enumerate(job for job in jobs if job):
+            for i, job in enumerate(jobs):
                 folder = output_dir / f"seed{job[0].seed}"
                 log_file = output_dir / f"log-{'base' if base else 'more'}-{i}.txt"
                 futures[pool.submit(run_job, job, str(folder), str(log_file))] = job
@@ -442,6 +442,9 @@ def main(args: Args) -> None:
                         done.add(row["key"])
                         with open(results, "a") as file:
                             file.write(json.dumps(row) + "\n")
+    if not ran:
+        print(f"nothing to run: {results} has all that was asked for, or --match fits nothing; another --results starts"
+              " anew")  # fmt: skip
 
 
 if __name__ == "__main__":
