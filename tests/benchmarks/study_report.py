@@ -334,6 +334,18 @@ def variants(rows: list[dict]) -> None:
         table("variant | gold | KL", lines)
 
 
+def reruns(rows: list[dict]) -> None:
+    """The default settings and the same seeds on another CPU, whose last bits differ: how far do results move?"""
+    first = {(row["method"], row["seed"]): row for row in rows if row["key"].startswith("base/")}
+    measure = lambda row: row["gvm"]["pair_accuracy"]["last"] if "gvm" in row else row["policy"]["gold"]["mean"]
+    lines = [[f"{row['method']}, {'pair accuracy' if 'gvm' in row else 'gold'}", str(row["seed"]),
+              f"{measure(first[row['method'], row['seed']]):.3f}", f"{measure(row):.3f}"]
+             for row in rows if row["experiment"] == "rerun"]  # fmt: skip
+    if lines:
+        print("\n## The defaults again, on another CPU")
+        table("what | seed | first | again", lines)
+
+
 def main(args: Args) -> None:
     try:
         import matplotlib
@@ -354,7 +366,8 @@ def main(args: Args) -> None:
 def write_report(rows: list[dict], folder: Path, plt) -> None:
     print("# The study on the embedded task\n\nMade by `python tests/benchmarks/study_report.py`.\n")
     for row in rows:  # the tuning seed's default runs belong to the tuning
-        row["experiment"] = "tuning" if row["seed"] == TUNING_SEED else row["experiment"]
+        tuning = row["seed"] == TUNING_SEED and row["experiment"] == "base"
+        row["experiment"] = "tuning" if tuning else row["experiment"]
     print(f"{len(rows)} runs; interquartile means over seeds with 95 % bootstrap intervals")
     simple(rows, "Same start, same number of updates, default settings", "base")
     frontier(rows, folder, plt)
@@ -369,6 +382,7 @@ def write_report(rows: list[dict], folder: Path, plt) -> None:
     simple(rows, "DPO with three passes instead of one", "dpo_passes")
     exploited(rows)
     simple(rows, "Settings that were given up", "earlier", "DPO at learning rate 1e-3")
+    reruns(rows)
     simple(rows, "Tuning: one seed that no other table uses", "tuning")
     untold = sum("train_gvm" in dict(row.get("stages", ())) and "train_gvm" not in row["seconds"] for row in rows)
     hours = sum(row["wall"] for row in rows) / 3600
