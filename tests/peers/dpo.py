@@ -30,7 +30,7 @@ class Args:
     """folder of the trained policy"""
     seed: int = 1
     """seed of the data order"""
-    num_epochs: int = 1
+    num_epochs: int = 3
     """passes over the pairs"""
     batch_size: int = 32
     """pairs per update"""
