@@ -226,8 +226,8 @@ def trajectories(rows: list[dict]) -> None:
     print("\n## The GVM in the loop, with trajectories and without: fresh answers, first and last tenth of the run")
     columns = (*((f, "bias") for f in ("0", "0.5", "1")), ("0.5", "gold_correlation"), ("1", "gold_correlation"))
     lines = []
-    for (method, setting), members in group(rows, "base", "gvm").items():
-        if method == "dvpo" and (setting == "default" or "updates more" in setting):
+    for (method, setting), members in group(rows, "base", "trajectories").items():
+        if method == "dvpo":
             for i in (0, -1):
                 windows = [row["critic"][i] for row in members]
                 cells = [show([window["by_fraction"][f][key] for window in windows]) for f, key in columns]
@@ -236,7 +236,7 @@ def trajectories(rows: list[dict]) -> None:
 
 
 def value_models(rows: list[dict]) -> None:
-    groups = group(rows, "base", "gvm")
+    groups = group(rows, "base", "gvm", "trajectories")
     print("\n## Value models, and the policy that DVPO makes with each")
     default = groups.get(("dvpo", "default"), [])
     seeds = {row["seed"]: row for row in default}
@@ -270,8 +270,8 @@ def value_models(rows: list[dict]) -> None:
         print(f"\nReward model (Bradley-Terry), pair accuracy: {show(rm)}, {len(rm)} seeds")
     print("\n## Value models by fraction of the answer seen")
     lines = []
-    for (_, setting), members in group(rows, "base", "gvm", "earlier").items():
-        if "gvm" in members[0] and setting.startswith(("default", "1,500 updates", "3,000 updates")):
+    for (_, setting), members in group(rows, "base", "trajectories", "earlier").items():
+        if "gvm" in members[0] and not setting.startswith("gae_uncentered"):
             fractions = members[0]["gvm"]["by_fraction"]
             for key in ("pair_accuracy", "explained_variance", "gold_correlation"):
                 cells = [show([row["gvm"]["by_fraction"][f][key] for row in members]) for f in fractions]
@@ -379,7 +379,7 @@ def write_report(rows: list[dict], folder: Path, plt) -> None:
     simple(at_default, "Advantage estimator", "uncentered", "advantage")
     simple(rows, "Stability: learning rates", "stability")
     variants(rows)
-    simple(rows, "DPO with three passes instead of one", "dpo_passes")
+    simple(rows, "DPO with one pass instead of three", "dpo_one_pass")
     exploited(rows)
     simple(rows, "Settings that were given up", "earlier", "DPO at learning rate 1e-3")
     reruns(rows)
