@@ -39,7 +39,7 @@ import tyro  # noqa: E402
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "peers")]
 
-STUDY = ("base", "frontier", "advantage", "gvm", "stability", "unreliable")  # three seeds in less than three hours
+STUDY = ("base", "frontier", "equal_time", "advantage", "gvm", "stability", "unreliable")
 MORE = ("trajectories", "uncentered", "ppo_variants", "tuning")
 COEFS = {  # of the KL to the reference: kl_coef (DVPO, PPO), beta (GRPO, DPO)
     "dvpo": (0.2, 0.1, 0.05, 0.025, 0.0125),
@@ -49,6 +49,7 @@ COEFS = {  # of the KL to the reference: kl_coef (DVPO, PPO), beta (GRPO, DPO)
 }
 DEFAULT = {"dvpo": 0.05, "ppo": 0.1}
 RATES = (3e-4, 1.2e-3)  # half and twice the default
+EQUAL_TIME = 190  # updates that PPO makes while DVPO makes its 300: `speed.py`
 GVMS = {  # the value model changed; three passes through its pairs where nothing else is said
     "paper's loss": {"td_lambda": 0.0, "bt_coef": 0.0},
     "td_lambda=0": {"td_lambda": 0.0},
@@ -174,6 +175,9 @@ def cells(experiment: str, seed: int) -> list[Cell]:
         flag = {"dvpo": "kl_coef", "ppo": "kl_coef", "grpo": "beta", "dpo": "beta"}
         return [train(method, f"{flag[method]}={coef:g}", {flag[method]: coef}, coef=coef)
                 for method in COEFS for coef in COEFS[method] if coef != DEFAULT.get(method)]  # fmt: skip
+    if experiment == "equal_time":
+        return [train("ppo", f"{EQUAL_TIME} updates, kl_coef={coef:g}", {"num_updates": EQUAL_TIME, "kl_coef": coef},
+                      coef=coef) for coef in COEFS["ppo"]]  # fmt: skip
     if experiment == "uncentered":
         return [train("dvpo", f"gae_uncentered, kl_coef={coef:g}", {"advantage": "gae_uncentered", "kl_coef": coef},
                       coef=coef) for coef in COEFS["dvpo"]]  # fmt: skip
