@@ -90,6 +90,15 @@ TUNING = {  # all that was tried; the defaults are the best of it
         {"learning_rate": 6e-4},
         {"learning_rate": 3e-4, "gae_lambda": 1.0},
         {"learning_rate": 3e-4, "kl_coef": 0.1},
+        # and the paper's and the released code's advantages, which might want smaller steps or a shorter leash
+        *(
+            {"advantage": "q", "learning_rate": rate, "kl_coef": coef}
+            for rate, coef in ((1e-4, 0.05), (1e-4, 0.2), (3e-4, 0.2))
+        ),
+        *(
+            {"advantage": "released", "learning_rate": rate, "kl_coef": coef}
+            for rate, coef in ((1e-4, 0.05), (1e-4, 0.2), (3e-4, 0.2))
+        ),
     ),
     "ppo": (
         {"learning_rate": 1e-4, "critic_learning_rate": 1e-3},
@@ -169,7 +178,8 @@ def cells(experiment: str, seed: int) -> list[Cell]:
         ppo = train("ppo", "default", {"reward_path": None, "reward_output_dir": "rm"}, coef=DEFAULT["ppo"])
         return [sft, gvm, dvpo, ppo]
     if experiment == "tuning":
-        name = lambda flags: ", ".join(f"{key}={value:g}" for key, value in flags.items())
+        show = lambda value: value if isinstance(value, str) else f"{value:g}"
+        name = lambda flags: ", ".join(f"{key}={show(value)}" for key, value in flags.items())
         return [train(method, name(flags), flags) for method, tried in TUNING.items() for flags in tried]
     if experiment == "frontier":
         flag = {"dvpo": "kl_coef", "ppo": "kl_coef", "grpo": "beta", "dpo": "beta"}
@@ -287,6 +297,7 @@ class Recorder:
                 row["by_fraction"][f"{fraction:g}"] = {
                     "error": ((value - actual).square().mean().sqrt() / actual.std()).item(),  # in std of the target
                     "bias": ((value - actual).mean() / actual.std()).item(),
+                    "target_std": actual.std().item(),  # it shrinks as answers get better
                     "explained_variance": common.explained_variance(value, actual),
                     "gold_correlation": common.correlation(value, gold),
                 }
