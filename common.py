@@ -809,11 +809,24 @@ def end_of_turn_id(tokenizer) -> int:
     )
 
 
+# Llama 3's template writes today's date unless given one, SmolLM3's asks a function: a run must not depend on the day.
+FIXED_DATE = "26 Jul 2024"
+FIXED_CLOCK = "{% macro strftime_now(format) %}" + FIXED_DATE + "{% endmacro %}"
+
+
 def tokenize_prompt(tokenizer, prompt: list[dict]) -> list[int]:
     """Token ids of a chat-formatted prompt, up to where the answer starts; empty where the template refuses it."""
-    try:  # Mistral's and Gemma's refuse system messages; Llama 3's writes today's date unless given one
+    template = tokenizer.chat_template
+    if "strftime_now" in template:
+        template = FIXED_CLOCK + template
+    try:  # Mistral's and Gemma's refuse system messages; Qwen3's would start with thoughts, which no dataset holds
         text = tokenizer.apply_chat_template(
-            prompt, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024"
+            prompt,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=True,
+            date_string=FIXED_DATE,
+            enable_thinking=False,
         )
     except jinja2.TemplateError:
         return []

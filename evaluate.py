@@ -372,7 +372,10 @@ def policy_table(policies: dict) -> list[list[str]]:
 def caption(policies: dict) -> str:
     """What the numbers of `policy_table` mean."""
     judge = next((row["win_rate"]["judge"] for row in policies.values() if "win_rate" in row), "no judge")
-    return f"95 % bootstrap intervals over prompts; win rate by {judge} against the first policy, ties half"
+    text = f"95 % bootstrap intervals over prompts; win rate by {judge} against the first policy, ties half"
+    if judge == "gvm_score":
+        text += "; the GVM is no impartial judge of a policy that was trained against it"
+    return text
 
 
 def write_html(path: Path, results: dict, samples: list[list[str]]) -> None:
@@ -473,7 +476,7 @@ def main(args: Args) -> None:
         row["kl"] = answers["kl"].mean().item()
         row["response_length"] = answers["response_mask"].sum(1).double().mean().item()
         row["eos_rate"] = answers["ended"].double().mean().item()
-        if verdicts:  # gold where there is one; a GVM is no impartial judge of a policy that was trained against it
+        if verdicts:  # gold where there is one
             judge, verdict = list(verdicts.items())[-1]
             baseline = verdict if baseline is None else baseline
             row["win_rate"] = {**interval(common.wins(verdict, baseline)), "judge": judge, "against": next(iter(paths))}

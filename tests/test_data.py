@@ -289,6 +289,18 @@ def test_a_base_model_without_template_keeps_its_first_token(tmp_path, tiny_mode
         assert (ids[0] == tokenizer.bos_token_id) == begins and ids.count(tokenizer.bos_token_id) == begins
 
 
+def test_a_prompt_depends_on_no_day_and_starts_no_thoughts():
+    tokenizer, prompt = common.toy_tokenizer(), [{"role": "user", "content": "list two metals"}]
+    plain = common.tokenize_prompt(tokenizer, prompt)
+    tokenizer.chat_template += (
+        "{% if enable_thinking is not defined or enable_thinking %}<unk>{% endif %}"
+        "{% if date_string != '26 Jul 2024' %}<unk>{% endif %}"
+        "{% if strftime_now('%d %b %Y') != '26 Jul 2024' %}<unk>{% endif %}"
+    )
+    assert common.tokenize_prompt(tokenizer, prompt) == plain
+    assert "<unk>" in tokenizer.apply_chat_template(prompt, tokenize=False)
+
+
 def test_prompts_that_the_template_refuses_are_dropped(capsys):
     tokenizer = common.toy_tokenizer()
     tokenizer.chat_template = (

@@ -83,20 +83,6 @@ def test_bf16_gradients_are_summed_in_fp32():
         assert (fused.double() - exact.double()).norm() < 0.003 * exact.double().norm()  # summed in bf16: 0.007
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_bf16_products_are_fp32_on_a_gpu():
-    hidden, weight, labels, upstream = inputs(N=300, H=64, V=512)
-    hidden, weight = (x.detach().cuda().bfloat16().requires_grad_() for x in (hidden, weight))
-    logprobs, _ = train_dvpo.fused_logprobs(hidden, weight, labels.cuda())
-    plain, _ = naive(hidden.double(), weight.double(), labels.cuda(), 1.0)
-    torch.testing.assert_close(logprobs.double(), plain, rtol=1e-4, atol=1e-4)
-    upstream = upstream.cuda()
-    for fused, exact in zip(
-        *(torch.autograd.grad(x @ upstream.to(x.dtype), (hidden, weight)) for x in (logprobs, plain))
-    ):
-        torch.testing.assert_close(fused.double(), exact.double(), rtol=2e-2, atol=2e-2)
-
-
 def test_nothing_of_size_tokens_by_vocabulary_is_kept():
     hidden, weight, labels, _ = inputs(N=64, H=4, V=1000)
     kept = []

@@ -1,0 +1,54 @@
+"""What a GPU alone can show, at tiny sizes: `GPU_TESTS=1 pytest tests/test_gpu.py`."""
+
+import math
+
+import pytest
+import torch
+from conftest import load_weights, read_metrics, run_script
+from test_fused_logprobs import inputs, naive
+
+import train_dvpo
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and GPU_TESTS=1")
+TINY = ("--rollout-batch-size", 16, "--micro-batch-size", 4, "--checkpoint-every", 2)
+
+
+def test_bf16_products_are_fp32():
+    hidden, weight, labels, upstream = inputs(N=300, H=64, V=512)
+    hidden, weight = (x.detach().cuda().bfloat16().requires_grad_() for x in (hidden, weight))
+    logprobs, _ = train_dvpo.fused_logprobs(hidden, weight, labels.cuda())
+    plain, _ = naive(hidden.double(), weight.double(), labels.cuda(), 1.0)
+    torch.testing.assert_close(logprobs.double(), plain, rtol=1e-4, atol=1e-4)
+    upstream = upstream.cuda()
+    for fused, exact in zip(
+        *(torch.autograd.grad(x @ upstream.to(x.dtype), (hidden, weight)) for x in (logprobs, plain))
+    ):
+        torch.testing.assert_close(fused.double(), exact.double(), rtol=2e-2, atol=2e-2)
+
+
+def run(*arguments):
+    done = run_script(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_script_runs_in_bf16(tmp_path, tiny_model):
+    """And a run that goes on from a checkpoint ends where one does that nothing interrupted."""
+    at = lambda name: tmp_path / name
+    gvm = ("train_gvm.py", "--model-path", tiny_model, "--num-examples", 64, "--num-context-trajectories", 1)
+    run("sft.py", "--model-path", tiny_model, "--num-examples", 64, "--output-dir", at("sft"))
+    run(*gvm, "--num-epochs", 1, "--output-dir", at("gvm"))
+    dvpo = ("train_dvpo.py", "--model-path", tiny_model, "--gvm-path", at("gvm"), *TINY, "--num-updates", 4)
+    run(*dvpo, "--output-dir", at("dvpo"))
+    run("train_ppo_baseline.py", "--model-path", tiny_model, *TINY, "--num-updates", 2, "--reward-num-epochs", 1,
+        "--reward-batch-size", 1024, "--output-dir", at("ppo"), "--reward-output-dir", at("rm"))  # fmt: skip
+    run("evaluate.py", f"sft={tiny_model}", f"dvpo={at('dvpo')}", "--reference-path", tiny_model, "--gvm-path",
+        at("gvm"), "--num-prompts", 8, "--output-dir", at("eval"))  # fmt: skip
+    for name in ("sft", "gvm", "dvpo", "ppo", "rm"):
+        assert all(math.isfinite(x) for row in read_metrics(at(name)) for x in row.values())
+    first = read_metrics(at("dvpo"))[0]
+    assert abs(first["objective/kl"]) < 0.1 and first["val/ratio"] == pytest.approx(1, abs=0.05)
+    before = load_weights(at("dvpo"))
+    (at("dvpo") / "config.json").unlink()  # as if it had been killed
+    run(*dvpo, "--output-dir", at("dvpo"), "--resume", at("dvpo") / "checkpoints" / "step_000002")
+    for name, weight in load_weights(at("dvpo")).items():
+        torch.testing.assert_close(weight, before[name])
