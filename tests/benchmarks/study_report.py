@@ -184,10 +184,12 @@ def learning_curves(rows: list[dict], folder: Path, plt) -> None:
 
 
 def critics(rows: list[dict], folder: Path, plt) -> None:
-    groups = {method: members for (method, _), members in group(rows, "base").items() if "critic" in members[0]}
+    measured = [row for row in rows if "critic" in row and "target_std" in row["critic"][0]["by_fraction"]["0"]]
+    groups = {method: members for (method, _), members in group(measured, "base", "rerun").items()}
     targets = {"dvpo": "GVM against E[label given gold]", "ppo": "PPO's critic against score and KL to come"}
     print("\n## Is the critic right? Fresh answers, judged before any training on them, by tenth of the run")
-    print("\nEach critic against its own target, errors in standard deviations of it; correlation with gold is shared.")
+    print("\nEach critic against its own target. Errors are in standard deviations that the target had in the first "
+          "tenth of the run; correlations with gold compare across critics.")  # fmt: skip
     lines = []
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     plots = (("error", "0.5", "error, half seen"), ("bias", "0.5", "bias, half seen"),
@@ -196,7 +198,10 @@ def critics(rows: list[dict], folder: Path, plt) -> None:
         steps = [window["first_update"] for window in members[0]["critic"]]
 
         def at(i, fraction, key, members=members):
-            return [row["critic"][i]["by_fraction"][fraction][key] for row in members]
+            windows = [(row["critic"][i]["by_fraction"][fraction], row["critic"][0]["by_fraction"][fraction])
+                       for row in members]  # fmt: skip
+            scaled = key in ("error", "bias")  # in the unit of their own tenth, which shrinks as answers get better
+            return [now[key] * (now["target_std"] / first["target_std"] if scaled else 1) for now, first in windows]
 
         for i in (0, 1, 4, 9):
             cells = [show(at(i, "0.5", key)) for key in ("error", "bias", "gold_correlation")]
@@ -211,9 +216,10 @@ def critics(rows: list[dict], folder: Path, plt) -> None:
         "critic | updates | error, half seen | bias, half seen | correlation, half seen | … before the last token",
         lines,
     )
-    axes[0].legend()
+    if groups:
+        axes[0].legend()
     figure.savefig(folder / "critics.svg", bbox_inches="tight", metadata={"Date": None})
-    drifting = [row["curve"]["critic/drift"] for row in groups.get("ppo", [])]
+    drifting = [row["curve"]["critic/drift"] for row in group(rows, "base")["ppo", "default"]]
     if drifting:
         first, last = show([d[0] for d in drifting]), show([d[-1] for d in drifting])
         print("\nDrift of PPO's critic, RMS distance from the rollout's values over an update, in its first and last "
@@ -223,6 +229,7 @@ def critics(rows: list[dict], folder: Path, plt) -> None:
 def trajectories(rows: list[dict]) -> None:
     """What trajectory conditioning changes in the loop: the GVMs that went on from the default, with it or without."""
     print("\n## The GVM in the loop, with trajectories and without: fresh answers, first and last tenth of the run")
+    print("\nBias in standard deviations of the target in that tenth, which shrink as answers get better.")
     columns = (*((f, "bias") for f in ("0", "0.5", "1")), ("0.5", "gold_correlation"), ("1", "gold_correlation"))
     lines = []
     for (method, setting), members in group(rows, "base", "trajectories").items():
@@ -251,7 +258,8 @@ def value_models(rows: list[dict]) -> None:
                       show([r["0.5"]["pair_accuracy"] for r in reports]),
                       *(show([r[f]["gold_correlation"] for r in reports]) for f in ("0", "0.5", "1")),
                       show(gold) if gold else "-", show(kl) if kl else "-"])  # fmt: skip
-    rm = [row["rm_pair_accuracy"] for row in rows if "rm_pair_accuracy" in row and row["experiment"] == "base"]
+    rm = {row["seed"]: row["rm_pair_accuracy"] for row in rows
+          if "rm_pair_accuracy" in row and row["experiment"] == "base"}  # fmt: skip
     table(
         "GVM | seeds | pair accuracy | … half seen | correlation with gold: prompt | half | all | DVPO gold | KL", lines
     )
@@ -266,7 +274,11 @@ def value_models(rows: list[dict]) -> None:
                           paired([gold(seeds[row["seed"]]) for row in members], list(map(gold, members)))])  # fmt: skip
     table("the default less | pair accuracy | gold (at different KL)", lines)
     if rm:
-        print(f"\nReward model (Bradley-Terry), pair accuracy: {show(rm)}, {len(rm)} seeds")
+        print(f"\nReward model (Bradley-Terry), pair accuracy: {show(list(rm.values()))}, {len(rm)} seeds")
+    both = sorted(rm.keys() & reference.keys())
+    if len(both) > 1:
+        accuracies = [reference[seed]["gvm"]["pair_accuracy"]["last"] for seed in both], [rm[seed] for seed in both]
+        print(f"\nDefault GVM less reward model: {paired(*accuracies)}")
     print("\n## Value models by fraction of the answer seen")
     lines = []
     for (_, setting), members in group(rows, "base", "trajectories", "earlier").items():
@@ -380,6 +392,7 @@ def write_report(rows: list[dict], folder: Path, plt) -> None:
     variants(rows)
     simple(rows, "DPO with one pass instead of three", "dpo_one_pass")
     exploited(rows)
+    simple(rows, "Without a KL penalty", "unreliable")
     simple(rows, "Settings that were given up", "earlier", "DPO at learning rate 1e-3")
     reruns(rows)
     simple(rows, "Tuning: one seed that no other table uses", "tuning")
