@@ -52,10 +52,10 @@ class UserError(Exception):
     """A mistake the user can mend; its message names the thing and the way out."""
 
 
-def check(condition, message: str) -> None:
-    """Raise `UserError(message)` unless `condition` holds."""
+def check(condition, message: str, error: type[Exception] = UserError) -> None:
+    """Raise `error(message)` unless `condition` holds."""
     if not condition:
-        raise UserError(message)
+        raise error(message)
 
 
 class RunError(Exception):
@@ -219,9 +219,8 @@ def check_finite(update: int, what: str, totals: torch.Tensor, rows: list[int], 
 
 def check_kl(update: int, kl: float, max_kl: float, judge: str) -> None:
     """Raise `RunError` when a policy is further than `max_kl` nats per answer from the reference."""
-    if kl > max_kl:
-        raise RunError(f"update {update}: {kl:.0f} nats per answer to the reference, above --max-kl: the policy has "
-                       f"collapsed or exploits the {judge}; lower --learning-rate or raise --kl-coef")  # fmt: skip
+    check(kl <= max_kl, f"update {update}: {kl:.0f} nats per answer to the reference, above --max-kl: the policy has "
+          f"collapsed or exploits the {judge}; lower --learning-rate or raise --kl-coef", RunError)  # fmt: skip
 
 
 def clock(device: torch.device) -> float:
@@ -555,11 +554,11 @@ class Drop(Exception):
 def to_messages(value) -> list[dict]:
     """A string, or a list of chat messages, as chat messages with string contents."""
     value = [{"role": "user", "content": value}] if isinstance(value, str) else value
-    if not isinstance(value, list) or not value:
-        raise Drop("no prompt: neither a column 'prompt' nor a conversation or transcript")
+    found = isinstance(value, list) and value
+    check(found, "no prompt: neither a column 'prompt' nor a conversation or transcript", Drop)
     for message in value:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise Drop("a message without a role and a content that are texts")
+        texts = isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))
+        check(texts, "a message without a role and a content that are texts", Drop)
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
@@ -572,8 +571,7 @@ def split_answer(prompt, answer) -> tuple[list[dict], str]:
     if isinstance(answer, str):
         return to_messages(prompt), answer
     messages = to_messages(answer)
-    if messages[-1]["role"] != "assistant":
-        raise Drop("the last message is not the assistant's")
+    check(messages[-1]["role"] == "assistant", "the last message is not the assistant's", Drop)
     if messages[0]["role"] == "assistant" and prompt is not None:  # it goes on from the prompt
         messages = to_messages(prompt) + messages
     # Else it carries its own prompt, which wins: UltraFeedback's `prompt` column is its first turn as a string.
@@ -596,8 +594,7 @@ def to_name(value) -> str | None:
 def from_pair(row: dict) -> list[Example]:
     prompt, chosen = split_answer(row.get("prompt"), row["chosen"])
     other_prompt, rejected = split_answer(row.get("prompt"), row["rejected"])
-    if prompt != other_prompt:
-        raise Drop("chosen and rejected answer different prompts")
+    check(prompt == other_prompt, "chosen and rejected answer different prompts", Drop)
     scores = to_score(row.get("score_chosen")), to_score(row.get("score_rejected"))
     policies = to_name(row.get("chosen_policy")), to_name(row.get("rejected_policy"))
     return [Example(prompt, chosen, rejected, *scores, *policies)]
@@ -609,8 +606,7 @@ def from_rated(row: dict) -> list[Example]:
     rated = sorted((c for c in rated if c[0] is not None and isinstance(c[1], str)), key=lambda c: -c[0])
     prompt = to_messages(row["prompt"])
     pairs = [(rated[0], worse) for worse in rated[1:] if worse[0] < rated[0][0]]
-    if not pairs:
-        raise Drop("fewer than two completions of different score")
+    check(pairs, "fewer than two completions of different score", Drop)
     return [Example(prompt, good[1], bad[1], good[0], bad[0], good[2], bad[2]) for good, bad in pairs]
 
 
@@ -757,22 +753,16 @@ def load_examples(dataset: str, needs: str) -> tuple[list[Example], list[Example
 def check_example(example: Example, needs: str) -> None:
     """Raise `Drop` where an example lacks what the stage needs."""
     answers = {"prompts": [], "pairs": [example.chosen, example.rejected]}.get(needs, [example.chosen])
-    if not example.prompt[-1]["content"].strip():
-        raise Drop("empty prompt")
-    if example.prompt[-1]["role"] == "assistant":
-        raise Drop("the prompt ends with the assistant")
-    if None in answers:
-        raise Drop("no answer" if example.chosen is None else "no rejected answer")
-    if any(not isinstance(answer, str) or not answer.strip() for answer in answers):
-        raise Drop("empty answer")
-    if answers and example.chosen == example.rejected:
-        raise Drop("chosen and rejected are identical")
-    texts = [message[key] for message in example.prompt for key in ("role", "content")]
-    if any(SURROGATE.search(text) for text in (*texts, example.chosen or "", example.rejected or "")):
-        raise Drop("half a character (a lone surrogate): cut in UTF-16?")
+    check(example.prompt[-1]["content"].strip(), "empty prompt", Drop)
+    check(example.prompt[-1]["role"] != "assistant", "the prompt ends with the assistant", Drop)
+    check(None not in answers, "no rejected answer", Drop)
+    check(all(answer.strip() for answer in answers), "empty answer", Drop)
+    check(not answers or example.chosen != example.rejected, "chosen and rejected are identical", Drop)
+    texts = [text for message in example.prompt for text in message.values()]
+    halves = any(SURROGATE.search(text) for text in (*texts, example.chosen or "", example.rejected or ""))
+    check(not halves, "half a character (a lone surrogate): cut in UTF-16?", Drop)
     scores = [example.score_chosen] if example.rejected is None else [example.score_chosen, example.score_rejected]
-    if needs == "scores" and None in scores:
-        raise Drop("no score")
+    check(needs != "scores" or None not in scores, "no score", Drop)
 
 
 # ---- Tokens ----------------------------------------------------------------------------------------------------------
