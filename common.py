@@ -364,24 +364,18 @@ def value_report(statistics: dict[str, torch.Tensor], outcomes: torch.Tensor, pa
     outcome, and all three `by_fraction` of the answer seen.
     """
 
-    def accuracy(x):
-        return wins(x[pairs[:, 0]], x[pairs[:, 1]]).mean().item() if len(pairs) else None
-
-    outcomes = outcomes.double()
-    names = ["mean", "last", *(f"p{p}" for p in PERCENTILES)]
-    by_fraction = {
-        f"{f:g}": {
-            "pair_accuracy": accuracy(statistics[f"at_{f:g}"]),
-            "explained_variance": explained_variance(statistics[f"at_{f:g}"], outcomes),
-            "correlation": correlation(statistics[f"at_{f:g}"], outcomes),
+    def quality(values):
+        return {
+            "pair_accuracy": wins(*values[pairs].unbind(1)).mean().item() if len(pairs) else None,
+            "explained_variance": explained_variance(values, outcomes.double()),
+            "correlation": correlation(values, outcomes.double()),
         }
-        for f in FRACTIONS
-    }
+
+    names = ["mean", "last", *(f"p{p}" for p in PERCENTILES)]
     return {
-        "pair_accuracy": {name: accuracy(statistics[name]) for name in names},
-        "explained_variance": explained_variance(statistics["last"], outcomes),
-        "correlation": correlation(statistics["last"], outcomes),
-        "by_fraction": by_fraction,
+        **quality(statistics["last"]),
+        "pair_accuracy": {name: quality(statistics[name])["pair_accuracy"] for name in names},
+        "by_fraction": {f"{f:g}": quality(statistics[f"at_{f:g}"]) for f in FRACTIONS},
     }
 
 
