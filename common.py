@@ -487,12 +487,9 @@ def toy_examples(num_train: int = 16_000, num_heldout: int = 2_000) -> tuple[lis
                 answer = toy_answer(rng, prompt, policy)
                 score = toy_gold(prompt, answer) - TOY_NOISE * math.log(-math.log(rng.random()))
                 judged.append((score, answer, policy))
-            (score_chosen, chosen, chosen_policy), (score_rejected, rejected, rejected_policy) = sorted(judged)[::-1]
-            if chosen != rejected:
-                messages = [{"role": "user", "content": prompt}]
-                examples.append(
-                    Example(messages, chosen, rejected, score_chosen, score_rejected, chosen_policy, rejected_policy)
-                )
+            scores, answers, policies = zip(*sorted(judged, reverse=True))  # the preferred one first
+            if answers[0] != answers[1]:
+                examples.append(Example(to_messages(prompt), *answers, *scores, *policies))
         splits.append(examples)
     return tuple(splits)
 
