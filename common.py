@@ -62,6 +62,22 @@ class RunError(Exception):
     """What stops a run that was set up rightly: numbers that are not finite, a full disk, a lost process."""
 
 
+@contextlib.contextmanager
+def user_errors(kinds, message: str):
+    """Turn errors of `kinds` into a `UserError`: `message` and, in brackets, the cause."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(f"{message} ({cause(error)})") from error
+
+
+def cause(error: BaseException) -> str:
+    """What an error says, in one line; of those of several ranks, the first's."""
+    error, _ = next(iter(getattr(error, "failures", {0: (error, None)}).values()))
+    text = getattr(error, "strerror", None) or str(error)
+    return next(iter(text.strip().splitlines()), type(error).__name__)
+
+
 def parse(args_class):
     """The command line as an `args_class`; of a machine's processes only the first prints help or errors."""
     return tyro.cli(args_class, console_outputs=os.environ.get("LOCAL_RANK", "0") == "0")
@@ -141,13 +157,11 @@ def init_processes() -> torch.device:
         numbers = [os.environ[name] for name in names if name != "MASTER_ADDR"]
         check(all(x.isdigit() for x in numbers) and int(numbers[0]) < int(numbers[1]),
               "environment: RANK, WORLD_SIZE and MASTER_PORT must be numbers, RANK below WORLD_SIZE")  # fmt: skip
-        try:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        with user_errors(dist.DistError, f"environment: the processes cannot meet at {where}"):
             _store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            _store = dist.PrefixStore(f"attempt {attempt}", _store)  # torchrun keeps one store over its restarts
-        except dist.DistError as error:
-            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise UserError(f"environment: the processes cannot meet at {where} ({error})") from error
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        _store = dist.PrefixStore(f"attempt {attempt}", _store)  # torchrun keeps one store over its restarts
     else:
         _store, rank, world_size = dist.HashStore(), 0, 1
     if device.type == "cuda":
@@ -643,15 +657,14 @@ def read_rows(dataset: str, splits: tuple[str, ...]):
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said below, once
-    try:
+    # datasets, pyarrow and huggingface_hub raise a dozen kinds
+    with user_errors(Exception, f"--dataset {path}: neither readable here nor on the hub"):
         if file.is_file():
             data = datasets.load_dataset("parquet", data_files=str(file), split="train")
         elif (file / "dataset_dict.json").exists() or (file / "state.json").exists():
             data = datasets.load_from_disk(str(file))
         else:
             data = datasets.load_dataset(path)
-    except Exception as error:  # datasets, pyarrow and huggingface_hub raise a dozen kinds
-        raise UserError(f"--dataset {path}: neither readable here nor on the hub ({error})") from error
     if isinstance(data, datasets.DatasetDict):
         wanted = split or next((s for s in splits if s in data), next(iter(data)))
         check(wanted in data, f"--dataset {dataset}: no split {wanted!r}; there are {', '.join(data)}")
@@ -979,11 +992,9 @@ def load_pretrained(auto_class, path: str, **kwargs):
         raise UserError(f"{path}: no such folder" + (f"; `python {script}` makes it" if script else ""))
     unfinished = (local / "metrics.jsonl").exists() and not (local / "config.json").exists()
     check(not unfinished, f"{path}: an unfinished run, not yet a model; --resume it first")
-    try:
+    # transformers, huggingface_hub and safetensors raise a dozen kinds
+    with user_errors(Exception, f"{path}: cannot load {auto_class.__name__}"):
         return auto_class.from_pretrained(str(local) if local.is_dir() else path, **kwargs)
-    except Exception as error:  # transformers, huggingface_hub and safetensors raise a dozen kinds
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{path}: cannot load {auto_class.__name__} ({reason[0]})") from error
 
 
 def load_config(path: str, tokenizer):
@@ -1127,11 +1138,10 @@ class Run:
         seen = [None, False, []]  # what is wrong; finished?; checkpoints to try: rank 0 looks, for all
         if self.writes:
             try:
-                seen = [None, *self.look()]
+                with user_errors(OSError, f"--output-dir {self.folder}: cannot be read or written"):
+                    seen[1:] = self.look()
             except UserError as error:
                 seen[0] = str(error)
-            except OSError as error:
-                seen[0] = f"--output-dir {self.folder}: cannot be read ({error.strerror})"
         dist.broadcast_object_list(seen)
         problem, self.finished, candidates = seen
         check(not problem, problem)
@@ -1165,7 +1175,11 @@ class Run:
             check(asked, f"--resume {self.args.resume[0]}: no checkpoint of {self.folder}")
             found = asked
         if begun or finished:
-            self.compare_settings()
+            file = self.folder / "args.json"
+            with user_errors((OSError, ValueError), f"{file}: cannot be read; --overwrite starts again"):
+                before = json.loads(file.read_text())
+            changed = self.changed(before)
+            check(not changed, f"{self.folder}: cannot go on with other settings: {changed}")
         if finished:
             log(f"{self.folder} is finished already")
             return True, []
@@ -1175,26 +1189,10 @@ class Run:
 
     def take_lock(self) -> None:
         """Hold the folder for this process; the system gives it back when the process ends, however it ends."""
-        try:
-            self.lock = open(self.folder / ".lock", "a+")
+        self.lock = open(self.folder / ".lock", "a+")
+        with user_errors(BlockingIOError, f"{self.folder} is in use by another run: choose another --output-dir"):
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{self.folder} is in use by another run: choose another --output-dir") from error
-        except OSError as error:
-            raise UserError(f"--output-dir {self.folder}: cannot be written ({error.strerror})") from error
         self.lock.seek(0)
-
-    def compare_settings(self) -> None:
-        """Raise `UserError` with the differences unless the run in the folder had the same settings."""
-        file = self.folder / "args.json"
-        try:
-            before = json.loads(file.read_text())
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-        except ValueError as error:
-            raise UserError(f"{file}: damaged ({error}); --overwrite starts again") from error
-        changed = self.changed(before)
-        check(not changed, f"{self.folder}: cannot go on with other settings: {changed}")
 
     def changed(self, before: dict) -> str:
         """How the settings differ from those `before`."""
@@ -1247,7 +1245,7 @@ class Run:
         """Leave in the folder what belongs to the updates done, and nothing else of a run; on rank 0, once."""
         if not self.writes or self.metrics:
             return
-        try:
+        with user_errors(OSError, f"--output-dir {self.folder}: cannot be written"):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             if self.lock is None:
                 self.take_lock()
@@ -1269,8 +1267,6 @@ class Run:
             write_synced(metrics.with_suffix(".tmp"), "".join(lines))
             os.replace(metrics.with_suffix(".tmp"), metrics)
             self.metrics = open(metrics, "a", buffering=1)
-        except OSError as error:
-            raise UserError(f"--output-dir {self.folder}: cannot be written ({error.strerror})") from error
 
     def start_tracker(self) -> None:
         if self.writes and self.args.track == "tensorboard":
@@ -1363,7 +1359,7 @@ class Run:
             if self.writes:
                 shutil.rmtree(unfinished, ignore_errors=True)
             free = shutil.disk_usage(self.folder).free / 1e9
-            raise RunError(f"{target}: cannot be written ({last_line(error)}; {free:.1f} GB are free there). Make "
+            raise RunError(f"{target}: cannot be written ({cause(error)}; {free:.1f} GB are free there). Make "
                            "room, then --resume goes on from the one before") from error  # fmt: skip
 
     def tensors(self) -> dict:
@@ -1380,10 +1376,8 @@ class Run:
         if state["versions"] != versions():
             log(f"warning: {self.source} was made with {state['versions']}, now {versions()}: results may differ")
         tensors = self.tensors()
-        try:
+        with user_errors(dcp.CheckpointException, f"{self.source}: does not fit {self.args.model_path}"):
             dcp.load(tensors, checkpoint_id=self.source)
-        except dcp.CheckpointException as error:
-            raise UserError(f"{self.source}: does not fit {self.args.model_path} ({last_line(error)})") from error
         for i, (model, optimizer, scheduler) in enumerate(self.trained):
             set_state_dict(model, optimizer, model_state_dict=tensors[str(i)]["model"],
                            optim_state_dict=tensors[str(i)]["optimizer"])  # fmt: skip
@@ -1434,13 +1428,6 @@ class Run:
 def launch() -> str:
     """Tells one torchrun from another; its restarts are the same."""
     return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
-
-
-def last_line(error: BaseException) -> str:
-    """The last line of an error; of those of several ranks, the first's."""
-    failures = getattr(error, "failures", {0: (error, None)})
-    text = str(next(iter(failures.values()))[0])
-    return (text.splitlines() or [type(error).__name__])[-1]
 
 
 def fingerprint(sequences: Iterable[list], *models: str) -> str:

@@ -450,10 +450,8 @@ def main(args: Args) -> None:
                  f"{args.gvm_path} is conditioned on trajectories, but {args.dataset} does not say who wrote each "
                  "answer (chosen_policy, rejected_policy); use --gvm-path None")  # fmt: skip
     folder = Path(args.output_dir).expanduser()
-    try:
+    with common.user_errors(OSError, f"--output-dir {folder}: cannot be written"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise common.UserError(f"--output-dir {folder}: cannot be written ({error.strerror})") from error
     common.check(os.access(folder, os.W_OK), f"--output-dir {folder}: cannot be written")  # before the work
 
     # ---- 4 Policies --------------------------------------------------------------------------------------------------
