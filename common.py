@@ -144,14 +144,10 @@ def init_processes() -> torch.device:
     """Join the process group and return this rank's device: nccl on GPUs, gloo on CPUs, also for a single process."""
     transformers.logging.set_verbosity_error()  # what matters of a model's load report is checked below
     transformers.logging.disable_progress_bar()
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     global _store
     _store = None
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:  # torchrun, or a scheduler that does as it does
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         missing = ", ".join(name for name in names if name not in os.environ)
         check(not missing, f"environment: of {', '.join(names)} only some are set, {missing} not: start with torchrun")
         numbers = [os.environ[name] for name in names if name != "MASTER_ADDR"]
@@ -164,7 +160,9 @@ def init_processes() -> torch.device:
         _store = dist.PrefixStore(f"attempt {attempt}", _store)  # torchrun keeps one store over its restarts
     else:
         _store, rank, world_size = dist.HashStore(), 0, 1
-    if device.type == "cuda":
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "cpu:gloo,cuda:nccl"
         count = torch.cuda.device_count()
         check(device.index < count, f"--nproc_per_node: process {device.index + 1}, but only {count} GPUs")
         torch.cuda.set_device(device)
@@ -190,16 +188,13 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over ranks, in place where there are several."""
-    if dist.get_world_size() > 1:
-        dist.all_reduce(tensor)
+    """Sum over ranks, in place."""
+    dist.all_reduce(tensor)
     return tensor
 
 
 def all_gather(tensor: torch.Tensor) -> torch.Tensor:
     """Equal shards from all ranks, stacked along the first dimension in rank order."""
-    if dist.get_world_size() == 1:
-        return tensor
     shards = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(shards, tensor.contiguous())
     return torch.cat(shards)
@@ -1293,8 +1288,7 @@ class Run:
     def told_to_stop(self) -> int:
         """The number of the signal that this or another rank has received, else 0."""
         number = torch.tensor(self.signal)
-        if dist.get_world_size() > 1:
-            dist.all_reduce(number, dist.ReduceOp.MAX)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
         return number.item()
 
     def leave(self, number: int, after: str) -> None:
