@@ -6,7 +6,6 @@ model's output is `values (B, R + 1)`: column 0 is V(s_1), column t is Q(s_t, a_
 """
 
 import contextlib
-import errno
 import fcntl
 import gzip
 import hashlib
@@ -117,10 +116,8 @@ def explain(error: Exception) -> str | None:
                    "--max-prompt-length or --response-length"  # fmt: skip
         return "out of memory while computing a batch: lower --micro-batch-size, --max-prompt-length or "\
                "--response-length, add processes or, in training, --gradient-checkpointing"  # fmt: skip
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"{error.filename or 'an output file'} cannot be written ({error.strerror}): make room, then --resume"
-    if re.search(r"os error (27|28|122)\b", text):  # the same, as safetensors tells it
-        return f"the model cannot be written ({text}): make room, then --resume"
+    if re.search(r"\b(Errno|os error) (27|28|122)\b", text):  # no room, as Python and as safetensors tell it
+        return f"an output file cannot be written ({text}): make room, then --resume"
     if isinstance(error, dist.DistError) or "/gloo/" in text:
         return f"lost another process, killed perhaps or out of memory ({text.splitlines()[0]})"
     return None
