@@ -26,9 +26,7 @@ import time
 import traceback
 import types
 import zlib
-from array import array
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -1421,11 +1419,11 @@ def launch() -> str:
     return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
 
 
-def fingerprint(sequences: Iterable[list], *models: str) -> str:
-    """Tells whether a run goes on with the data (lists of numbers) and the frozen models it began with."""
+def fingerprint(data: list, *models: str) -> str:
+    """Tells whether a run goes on with the data (told apart by their `repr`) and the frozen models it began with."""
     digest = hashlib.sha256()
-    for numbers in sequences:
-        digest.update(array("d", [len(numbers), *numbers]).tobytes())
+    for row in data:
+        digest.update(repr(row).encode())
     for path in models:
         folder = Path(cached_file(str(Path(path).expanduser()), "config.json")).parent  # a hub id's is in the cache
         for file in sorted(folder.glob("model*.safetensors")):  # what is loaded, as transformers names it

@@ -256,7 +256,7 @@ def main(args: Args) -> None:
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup, num_updates)
 
     widest = max(len(prompt) for prompt, _ in train_set), max(len(response) for _, response in train_set)
-    data = common.fingerprint(ids for row in train_set for ids in row)
+    data = common.fingerprint(train_set)
     done, _ = run.start([(policy, optimizer, scheduler)], num_updates, data)
     for update in range(done + 1, num_updates + 1):
         start = common.clock(device)

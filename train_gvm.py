@@ -284,9 +284,7 @@ def main(args: Args) -> None:
     widest = (max(len(answer.prompt_ids) for answer in train_set)
               + args.num_context_trajectories * args.context_trajectory_length,
               max(len(answer.response_ids) for answer in train_set))  # fmt: skip
-    data = common.fingerprint(
-        numbers for a in train_set for numbers in (a.prompt_ids, a.response_ids, [a.label], [*map(ord, a.policy or "")])
-    )
+    data = common.fingerprint(train_set)
     done, _ = run.start([(gvm, optimizer, scheduler)], num_updates, data)
     for update in range(done + 1, num_updates + 1):
         start = common.clock(device)

@@ -405,7 +405,7 @@ def train_reward_model(args: Args, policy_run, tokenizer, mesh, dtype: torch.dty
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup, num_updates)
 
     widest = max(len(prompt) for prompt, _ in train_set), max(len(response) for _, response in train_set)
-    data = common.fingerprint(ids for row in train_set for ids in row)
+    data = common.fingerprint(train_set)
     policy_run.take_folder()  # a policy that stands there is none of this reward model's
     done, _ = run.start([(rm, optimizer, scheduler)], num_updates, data)
     num_pairs = args.reward_batch_size // 2
