@@ -716,9 +716,8 @@ def load_examples(dataset: str, needs: str) -> tuple[list[Example], list[Example
     for number, row in enumerate(rows, 1):
         try:
             row = renamed(row)
-            fresh = adapter(row)
-            if needs == "answers":  # of rated completions the best one, once, not once for every worse one
-                fresh = fresh[:1]
+            # Of rated completions, an answer to learn is the best one, once, not once for every worse one.
+            fresh = adapter(row)[: 1 if needs == "answers" else None]
             for example in fresh:
                 check_example(example, needs)
             examples += fresh
@@ -975,11 +974,10 @@ def load_pretrained(auto_class, path: str, **kwargs):
     """`auto_class.from_pretrained(path)` with one-line errors."""
     local = Path(path).expanduser()
     # "runs/sft" would pass for a hub id, so the project's own output folders are always local.
-    if path.startswith((".", "/", "~", "runs/")) and not local.is_dir():
-        made_by = {"sft": "sft.py", "gvm": "train_gvm.py", "dvpo": "train_dvpo.py", "rm": "train_ppo_baseline.py",
-                   "ppo": "train_ppo_baseline.py"}  # fmt: skip
-        script = made_by.get(local.name) if path.startswith("runs/") else None
-        raise UserError(f"{path}: no such folder" + (f"; `python {script}` makes it" if script else ""))
+    made_by = {"runs/sft": "sft.py", "runs/gvm": "train_gvm.py", "runs/dvpo": "train_dvpo.py",
+               "runs/rm": "train_ppo_baseline.py", "runs/ppo": "train_ppo_baseline.py"}  # fmt: skip
+    hint = f"; `python {made_by[path]}` makes it" if path in made_by else ""
+    check(local.is_dir() or not path.startswith((".", "/", "~", "runs/")), f"{path}: no such folder{hint}")
     unfinished = (local / "metrics.jsonl").exists() and not (local / "config.json").exists()
     check(not unfinished, f"{path}: an unfinished run, not yet a model; --resume it first")
     # transformers, huggingface_hub and safetensors raise a dozen kinds
@@ -1050,15 +1048,11 @@ def load_value_model(path: str, tokenizer, dtype: torch.dtype, fresh_head: bool,
     width, or a missing head.
     """
     config = load_config(path, tokenizer)
-    families = auto_class._model_mapping
-    if type(config) not in families:
-        raise UserError(f"{path}: {config.model_type} has no such head as a value needs; use a Llama, Qwen2, Qwen3, "
-                        f"Mistral, Gemma or other family that {auto_class.__name__} knows")  # fmt: skip
-    widths = getattr(config, "num_labels", 1)
-    check(
-        fresh_head or widths == 1,
-        f"{path}: the value head has {widths} outputs, expected 1; is it a GVM or a reward model?",
-    )
+    known, width = type(config) in auto_class._model_mapping, config.num_labels
+    check(known, f"{path}: {config.model_type} has no such head as a value needs; use a Llama, Qwen2, Qwen3, Mistral, "
+                 f"Gemma or other family that {auto_class.__name__} knows")  # fmt: skip
+    is_value = fresh_head or width == 1
+    check(is_value, f"{path}: the value head has {width} outputs, expected 1; is it a GVM or a reward model?")
     config.num_labels, config.classifier_dropout, config.token_classification_bias = 1, 0.0, False
     config.pad_token_id = tokenizer.pad_token_id  # by which other code finds an answer's end
     model, info = load_pretrained(auto_class, path, config=config, dtype=dtype,
@@ -1070,8 +1064,8 @@ def load_value_model(path: str, tokenizer, dtype: torch.dtype, fresh_head: bool,
     if fresh_head and "score.weight" in info["missing_keys"]:
         torch.nn.init.zeros_(head.weight)
         info["missing_keys"].remove("score.weight")
-    missing = info["missing_keys"]
-    check(not missing, f"{path}: no value or reward model, it lacks {', '.join(sorted(missing)[:3])}")
+    missing = ", ".join(sorted(info["missing_keys"])[:3])
+    check(not missing, f"{path}: no value or reward model, it lacks {missing}")
     decoder_layers(model)
     return model
 
