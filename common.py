@@ -21,7 +21,6 @@ import shlex
 import shutil
 import signal
 import sys
-import threading
 import time
 import traceback
 import types
@@ -1107,8 +1106,9 @@ class Run:
         """
         self.args, self.script, self.folder = args, Path(script), Path(args.output_dir).expanduser()
         self.checkpoints = self.folder / "checkpoints"
-        self.started, self.printed, self.signal, self.handlers = time.time(), 0.0, 0, ()
-        self.lock, self.metrics, self.tracker, self.close_tracker = None, None, None, lambda: None
+        self.started, self.printed, self.signal = time.time(), 0.0, 0
+        self.lock, self.metrics, self.tracker = None, None, None
+        self.taken = contextlib.ExitStack()  # what must be given back so that another run can follow in this process
         self.writes = dist.get_rank() == 0
         check_positive(args, "checkpoint_every", "micro_batch_size", "max_prompt_length", "response_length",
                        "max_grad_norm", "dp_replicate")  # fmt: skip
@@ -1173,7 +1173,7 @@ class Run:
 
     def take_lock(self) -> None:
         """Hold the folder for this process; the system gives it back when the process ends, however it ends."""
-        self.lock = open(self.folder / ".lock", "a+")
+        self.lock = self.taken.enter_context(open(self.folder / ".lock", "a+"))
         with user_errors(BlockingIOError, f"{self.folder} is in use by another run: choose another --output-dir"):
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.lock.seek(0)
@@ -1221,8 +1221,8 @@ class Run:
             self.restore()
         self.take_folder()
         self.start_tracker()
-        if threading.current_thread() is threading.main_thread():
-            self.handlers = [(number, signal.signal(number, self.stop)) for number in (signal.SIGTERM, signal.SIGINT)]
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.taken.callback(signal.signal, number, signal.signal(number, self.stop))
         return self.done, self.carried
 
     def take_folder(self) -> None:
@@ -1250,15 +1250,14 @@ class Run:
             lines = metrics.read_text().splitlines(keepends=True)[: self.done] if self.done else []
             write_synced(metrics.with_suffix(".tmp"), "".join(lines))
             os.replace(metrics.with_suffix(".tmp"), metrics)
-            self.metrics = open(metrics, "a", buffering=1)
+            self.metrics = self.taken.enter_context(open(metrics, "a", buffering=1))
 
     def start_tracker(self) -> None:
         if self.writes and self.args.track == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(self.folder / "tensorboard", purge_step=self.done + 1)
+            writer = self.taken.enter_context(SummaryWriter(self.folder / "tensorboard", purge_step=self.done + 1))
             self.tracker = lambda metrics, step: [writer.add_scalar(k, v, step) for k, v in metrics.items()]
-            self.close_tracker = writer.close
         elif self.writes and self.args.track == "wandb":
             import wandb
 
@@ -1266,7 +1265,8 @@ class Run:
             tracked = wandb.init(project="dvpo", name=self.folder.name, config=asdict(self.args), dir=self.folder,
                                  id=before, resume="allow")  # fmt: skip
             self.carried.wandb_id = tracked.id
-            self.tracker, self.close_tracker = wandb.log, wandb.finish
+            self.tracker = wandb.log
+            self.taken.callback(wandb.finish)
 
     def stop(self, number: int, _) -> None:
         """On a signal: finish the update, then save and leave. A second Ctrl-C leaves at once."""
@@ -1283,7 +1283,7 @@ class Run:
     def leave(self, number: int, after: str) -> None:
         """Leave with 128 + the signal's number, as a shell would report it, on all ranks."""
         log(f"stopped by {signal.Signals(number).name} after {after}: the same command with --resume goes on")
-        self.end()
+        self.taken.close()
         end_processes()
         sys.exit(128 + number)
 
@@ -1396,16 +1396,7 @@ class Run:
             log(f"saved {self.folder} after {time.time() - self.started:.0f} s")
             _store.set(f"saved {self.folder}", "yes")
         _store.wait([f"saved {self.folder}"], timedelta(days=1))  # a large model may take longer than a barrier waits
-        self.end()
-
-    def end(self) -> None:
-        """Give back what the run has taken, so that another can follow in this process."""
-        for number, handler in self.handlers:
-            signal.signal(number, handler)
-        if self.writes:
-            self.close_tracker()
-            self.metrics.close()
-            self.lock.close()
+        self.taken.close()
 
 
 def launch() -> str:
