@@ -1137,21 +1137,18 @@ class Run:
     def look(self) -> tuple[bool, list[Path]]:
         """Is the run in the folder finished, and from which checkpoints may it go on, newest first? On rank 0."""
         if self.folder.is_dir() and any(self.folder.iterdir()):
-            model = (self.folder / "config.json").exists()
-            ours = model or any((self.folder / name).exists() for name in ("args.json", ".lock"))
+            ours = any((self.folder / name).exists() for name in ("args.json", "config.json", ".lock"))
             check(ours, f"--output-dir {self.folder} holds other files than a run's: choose another")
             self.take_lock()
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by torchrun --max-restarts
         restarted = restarts > 0 and self.lock is not None and self.lock.read() == launch()
         finished, begun = (self.folder / "config.json").exists(), (self.folder / "metrics.jsonl").exists()
         if self.args.resume is None and not restarted:
+            allowed = self.args.overwrite
             reward = getattr(self.args, "reward_output_dir", None) == self.args.output_dir
             ways = f"use it by --reward-path {self.folder}" if reward else "choose another --output-dir"
-            check(self.args.overwrite or not finished, f"{self.folder} holds a finished run or a model: {ways}, or "
-                  "--overwrite it")  # fmt: skip
-            check(
-                self.args.overwrite or not begun, f"{self.folder} holds an unfinished run: --resume or --overwrite it"
-            )
+            check(allowed or not finished, f"{self.folder} holds a finished run or a model: {ways}, or --overwrite it")
+            check(allowed or not begun, f"{self.folder} holds an unfinished run: --resume or --overwrite it")
             return False, []
         found = sorted((p for p in self.checkpoints.glob("step_*") if p.name[5:].isdigit()), reverse=True)
         if self.args.resume:
@@ -1242,7 +1239,7 @@ class Run:
             for path in self.folder.glob("model*.safetensors*"):
                 path.unlink()
             for path in self.checkpoints.iterdir():  # of an abandoned future, or not finished
-                if not path.name[5:].isdigit() or int(path.name[5:]) > self.done or not self.done:
+                if not path.name[5:].isdigit() or int(path.name[5:]) > self.done:
                     shutil.rmtree(path)
             (self.folder / "args.json").write_text(json.dumps(asdict(self.args), indent=2) + "\n")
             shutil.copy(self.script, self.folder / self.script.name)
