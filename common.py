@@ -1284,11 +1284,6 @@ class Run:
         end_processes()
         sys.exit(128 + number)
 
-    def write(self, name: str, report: dict) -> None:
-        """`report` as the JSON file `name` in the folder."""
-        if self.writes:
-            (self.folder / name).write_text(json.dumps(report, indent=2) + "\n")
-
     def log(self, update: int, metrics: dict, show: tuple[str, ...]) -> None:
         """Append one update's metrics to metrics.jsonl, and print those named in `show`, at most every five seconds."""
         if not self.writes:

@@ -15,6 +15,7 @@ In: an SFT checkpoint and preference pairs or scored answers. Out: `--output-dir
 Shapes: B sequences, P prompt tokens (left-padded, context included), R response tokens.
 """
 
+import json
 import math
 import random
 import types
@@ -336,7 +337,8 @@ def main(args: Args) -> None:
             metrics["gvm/explained_variance"] = report["explained_variance"]
             if len(pairs):
                 metrics["gvm/pair_accuracy"] = report["pair_accuracy"]["last"]
-            run.write("report.json", report)
+            if rank == 0:
+                (run.folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         run.log(update, metrics, ("gvm/loss", "gvm/pair_accuracy", "gvm/explained_variance", "optim/lr"))
         if heldout_set and update == num_updates:
             common.log("held-out:\n" + common.value_tables(report))
