@@ -1367,12 +1367,10 @@ class Run:
             shutil.rmtree(unfinished, ignore_errors=True)
             if model.config.tie_word_embeddings:
                 state_dict.pop("lm_head.weight", None)  # it is the embedding, stored once
-            dtype = str(next(iter(state_dict.values())).dtype).removeprefix("torch.")
+            dtype = next(iter(state_dict.values())).dtype
             model.save_pretrained(unfinished, state_dict=state_dict)  # empties the dict
-            # transformers writes the dtype of the fp32 model that was trained, not that of what is saved.
-            config = json.loads((unfinished / "config.json").read_text())
-            config["dtype"] = dtype
-            (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            model.config.dtype = dtype  # not that of the fp32 model that was trained
+            model.config.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
             command = f"torchrun --nproc_per_node {dist.get_world_size()} " if dist.get_world_size() > 1 else "python "
             (unfinished / "README.md").write_text(
