@@ -1310,7 +1310,6 @@ class Run:
         try:
             if self.writes:
                 os.fsync(self.metrics.fileno())
-                shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir()
                 state = {"args": asdict(self.args), "carried": vars(self.carried), "data": self.data,
                          "versions": versions(), "ranks": dist.get_world_size(),
@@ -1326,7 +1325,6 @@ class Run:
             if self.writes:
                 manifest = {name: digest for part in manifests for name, digest in part.items()}
                 write_synced(unfinished / "manifest.json", json.dumps(manifest, indent=2))
-                shutil.rmtree(target, ignore_errors=True)
                 os.rename(unfinished, target)
                 for old in sorted(self.checkpoints.glob("step_*"))[:-2]:
                     shutil.rmtree(old)
