@@ -11,7 +11,6 @@ import gzip
 import hashlib
 import importlib.util
 import json
-import logging
 import math
 import os
 import random
@@ -38,7 +37,6 @@ import torch.distributed.checkpoint as dcp
 import transformers
 import tyro
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import cached_file
 
@@ -504,7 +502,7 @@ TOY_CHAT_TEMPLATE = (
 )
 
 
-def toy_tokenizer() -> PreTrainedTokenizerFast:
+def toy_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """One token per word of the embedded task; decoding gives back the text exactly."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -514,7 +512,7 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.decoder = decoders.WordPiece(cleanup=True)  # no space before a comma or a full stop
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="<eos>",
@@ -645,7 +643,7 @@ def read_rows(dataset: str, splits: tuple[str, ...]):
     import datasets  # takes a second to import and the embedded task needs none of it
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said below, once
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said below, once
     # datasets, pyarrow and huggingface_hub raise a dozen kinds
     with user_errors(Exception, f"--dataset {path}: neither readable here nor on the hub"):
         if file.is_file():
@@ -1016,10 +1014,10 @@ def load_policy(path: str, tokenizer, dtype: torch.dtype):
     capped = getattr(config, "final_logit_softcapping", None)  # too little at small logits to be measured below
     check(capped is None, f"{path}: {config.model_type} uses final_logit_softcapping: not supported")
     if path == "toy":
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
-        model, info = load_pretrained(AutoModelForCausalLM, path, config=config, dtype=dtype, use_safetensors=True,
-                                      output_loading_info=True)  # fmt: skip
+        model, info = load_pretrained(transformers.AutoModelForCausalLM, path, config=config, dtype=dtype,
+                                      use_safetensors=True, output_loading_info=True)  # fmt: skip
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         check(not missing, f"{path}: no language model, it lacks {missing}; is it a value or reward model?")
     # What ends an answer travels with the checkpoint, whatever the base model's own generation settings were.
@@ -1039,7 +1037,7 @@ def load_policy(path: str, tokenizer, dtype: torch.dtype):
 
 
 def load_value_model(path: str, tokenizer, dtype: torch.dtype, fresh_head: bool,
-                     auto_class=AutoModelForTokenClassification):  # fmt: skip
+                     auto_class=transformers.AutoModelForTokenClassification):  # fmt: skip
     """A model with a bias-free head of width 1: a token classifier (GVM, critic) or, by `auto_class`, a reward model.
 
     `fresh_head` starts the head at zero where the checkpoint has none (a language model); without it there must be one.
