@@ -1027,7 +1027,6 @@ def load_policy(path: str, tokenizer, dtype: torch.dtype):
     check(getattr(head, "bias", None) is None, f"{path}: {config.model_type}'s output head has a bias: not supported")
     size = head.weight.shape[0]
     check(len(tokenizer) <= size, f"{path}: the tokenizer has {len(tokenizer)} tokens, the model only {size}")
-    decoder_layers(model)
     with torch.no_grad():
         ids = torch.tensor([[tokenizer.eos_token_id] * 2])
         logits, plain = model(ids).logits, model.base_model(ids).last_hidden_state @ head.weight.T  # (1, 2, V)
@@ -1063,7 +1062,6 @@ def load_value_model(path: str, tokenizer, dtype: torch.dtype, fresh_head: bool,
         info["missing_keys"].remove("score.weight")
     missing = ", ".join(sorted(info["missing_keys"])[:3])
     check(not missing, f"{path}: no value or reward model, it lacks {missing}")
-    decoder_layers(model)
     return model
 
 
