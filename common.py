@@ -1044,11 +1044,12 @@ def load_value_model(path: str, tokenizer, dtype: torch.dtype, fresh_head: bool,
     width, or a missing head.
     """
     config = load_config(path, tokenizer)
-    known, width = type(config) in auto_class._model_mapping, config.num_labels
+    known = type(config) in auto_class._model_mapping
     check(known, f"{path}: {config.model_type} has no such head as a value needs; use a Llama, Qwen2, Qwen3, Mistral, "
                  f"Gemma or other family that {auto_class.__name__} knows")  # fmt: skip
-    is_value = fresh_head or width == 1
-    check(is_value, f"{path}: the value head has {width} outputs, expected 1; is it a GVM or a reward model?")
+    width = config.num_labels
+    check(fresh_head or width == 1, f"{path}: the value head has {width} outputs, expected 1; is it a GVM or a reward "
+          "model?")  # fmt: skip
     config.num_labels, config.classifier_dropout, config.token_classification_bias = 1, 0.0, False
     config.pad_token_id = tokenizer.pad_token_id  # by which other code finds an answer's end
     model, info = load_pretrained(auto_class, path, config=config, dtype=dtype,
