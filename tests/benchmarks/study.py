@@ -186,8 +186,14 @@ def cells(experiment: str, seed: int) -> list[Cell]:
         return [train(method, f"{flag[method]}={coef:g}", {flag[method]: coef}, coef=coef)
                 for method in COEFS for coef in COEFS[method] if coef != DEFAULT.get(method)]  # fmt: skip
     if experiment == "equal_time":
-        return [train("ppo", f"{EQUAL_TIME} updates, kl_coef={coef:g}", {"num_updates": EQUAL_TIME, "kl_coef": coef},
-                      coef=coef) for coef in COEFS["ppo"]]  # fmt: skip
+        made = []
+        for coef in COEFS["ppo"]:
+            short = {"num_updates": EQUAL_TIME, "kl_coef": coef}
+            made.append(train("ppo", f"{EQUAL_TIME} updates, kl_coef={coef:g}", short, coef=coef))
+            # a shorter run might want larger steps
+            short = {**short, "learning_rate": max(RATES)}
+            made.append(train("ppo", f"{EQUAL_TIME} updates, twice the rate, kl_coef={coef:g}", short, coef=coef))
+        return made
     if experiment == "uncentered":
         return [train("dvpo", f"gae_uncentered, kl_coef={coef:g}", {"advantage": "gae_uncentered", "kl_coef": coef},
                       coef=coef) for coef in COEFS["dvpo"]]  # fmt: skip

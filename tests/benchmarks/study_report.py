@@ -27,10 +27,11 @@ T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2
                2.120, 2.110, 2.101, 2.093)  # fmt: skip
 CHOSEN_ON = (1, 2, 3)  # the seeds on which centring was chosen
 FAR_APART = 2.5  # nats between neighbouring coefficients beyond which nothing is interpolated
-COLORS = {"dvpo": "#c0392b", "uncentered": "#e59866", "ppo": "#2471a3", "equal_time": "#7fb3d5", "grpo": "#229954",
-          "dpo": "#7d3c98", "sft": "#555555"}  # fmt: skip
+COLORS = {"dvpo": "#c0392b", "uncentered": "#e59866", "ppo": "#2471a3", "equal_time": "#7fb3d5",
+          "equal_time_fast": "#a9cce3", "grpo": "#229954", "dpo": "#7d3c98", "sft": "#555555"}  # fmt: skip
 NAMES = {"sft": "SFT", "dvpo": "DVPO", "uncentered": "DVPO, gae_uncentered", "ppo": "PPO",
-         "equal_time": f"PPO, {EQUAL_TIME} updates", "grpo": "GRPO (TRL)", "dpo": "DPO (TRL)"}  # fmt: skip
+         "equal_time": f"PPO, {EQUAL_TIME} updates", "equal_time_fast": f"PPO, {EQUAL_TIME} updates, twice the rate",
+         "grpo": "GRPO (TRL)", "dpo": "DPO (TRL)"}  # fmt: skip
 
 
 @dataclass
@@ -96,10 +97,10 @@ def policy_cells(members: list[dict]) -> list[str]:
 # ---- Frontier --------------------------------------------------------------------------------------------------------
 def frontier(rows: list[dict], folder: Path, plt) -> None:
     points = defaultdict(list)
-    for (method, _), members in group(rows, "base", "frontier", "uncentered", "equal_time").items():
+    for (method, setting), members in group(rows, "base", "frontier", "uncentered", "equal_time").items():
         if "policy" in members[0]:
-            experiment = members[0]["experiment"]
-            points[experiment if experiment in NAMES else method].append(members)
+            name = members[0]["experiment"] + ("_fast" if "twice the rate" in setting else "")
+            points[name if name in NAMES else method].append(members)
     points = {name: points[name] for name in NAMES if name in points}
     print("\n## Gold score against KL, per KL coefficient")
     lines = []
@@ -123,13 +124,15 @@ def frontier(rows: list[dict], folder: Path, plt) -> None:
 
     print("\n## Gold at equal KL, seed by seed (linear between neighbouring coefficients)")
     curves = {method: by_seed(row for members in settings for row in members) for method, settings in points.items()}
-    fresh = {seed: curve for seed, curve in curves.get("dvpo", {}).items() if seed not in CHOSEN_ON}
-    pairs = [(curves.get("dvpo", {}), "ppo"), (fresh, "ppo"), (curves.get("uncentered", {}), "ppo"),
-             (curves.get("dvpo", {}), "equal_time"), (curves.get("dvpo", {}), "grpo")]  # fmt: skip
+    dvpo, uncentered = curves.get("dvpo", {}), curves.get("uncentered", {})
+    fresh = {seed: curve for seed, curve in dvpo.items() if seed not in CHOSEN_ON}
+    pairs = [(dvpo, "ppo"), (fresh, "ppo"), (uncentered, "ppo"), (dvpo, "equal_time"), (dvpo, "equal_time_fast"),
+             (dvpo, "grpo")]  # fmt: skip
     lines = [[f"{kl:g}", *(at_equal_kl(ours, curves.get(other, {}), kl) for ours, other in pairs)]
              for kl in (0.95, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0)]  # fmt: skip
     table("KL | DVPO - PPO | the same, seeds that centring was not chosen on | gae_uncentered - PPO | "
-          f"DVPO - {NAMES['equal_time']} | DVPO - GRPO (TRL)", lines)  # fmt: skip
+          f"DVPO - {NAMES['equal_time']} | DVPO - {NAMES['equal_time_fast']} | DVPO - GRPO (TRL)",
+          lines)  # fmt: skip
 
     print("\n## What centring adds to the gold score, per KL coefficient and seed")
     gold = lambda name: {(row["coef"], row["seed"]): row["policy"]["gold"]["mean"] for members in points.get(name, [])
