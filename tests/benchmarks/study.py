@@ -71,7 +71,9 @@ TRAJECTORIES = {
 }
 ADVANTAGES = {
     "q": {"advantage": "q"},
+    "q, tuned": {"advantage": "q", "learning_rate": 1e-4, "kl_coef": 0.2},
     "released": {"advantage": "released"},
+    "released, tuned": {"advantage": "released", "learning_rate": 1e-4},
     "gae_lambda=0": {"gae_lambda": 0.0},
     "gae_lambda=0.5": {"gae_lambda": 0.5},
     "gae_lambda=1": {"gae_lambda": 1.0},
