@@ -796,7 +796,7 @@ FIXED_CLOCK = "{% macro strftime_now(format) %}" + FIXED_DATE + "{% endmacro %}"
 
 def tokenize_prompt(tokenizer, prompt: list[dict]) -> list[int]:
     """Token ids of a chat-formatted prompt, up to where the answer starts; empty where the template refuses it."""
-    template = tokenizer.chat_template
+    template = tokenizer.get_chat_template()  # of several, the default
     if "strftime_now" in template:
         template = FIXED_CLOCK + template
     try:  # Mistral's and Gemma's refuse system messages; Qwen3's would start with thoughts, which no dataset holds

@@ -299,6 +299,8 @@ def test_a_prompt_depends_on_no_day_and_starts_no_thoughts():
     )
     assert common.tokenize_prompt(tokenizer, prompt) == plain
     assert "<unk>" in tokenizer.apply_chat_template(prompt, tokenize=False)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "<unk>"}  # some come with several
+    assert common.tokenize_prompt(tokenizer, prompt) == plain
 
 
 def test_prompts_that_the_template_refuses_are_dropped(capsys):

@@ -35,9 +35,8 @@ def test_paired_differences():
 def test_gold_at_equal_kl():
     curve = [(1.0, 0.5), (2.0, 0.7), (9.0, 0.9)]
     assert study_report.interpolate(curve, 1.5) == pytest.approx(0.6)
-    assert (
-        study_report.interpolate(curve, 0.5) is study_report.interpolate(curve, 5.0) is None
-    )  # outside; too far apart
+    assert study_report.interpolate(curve, 0.5) is None  # outside
+    assert study_report.interpolate(curve, 5.0) is None  # between runs too far apart
     ours = {1: curve, 2: [(1.0, 0.6), (2.0, 0.8)], 3: curve}
     theirs = {1: [(1.0, 0.4), (2.0, 0.6)], 2: [(1.0, 0.4), (2.0, 0.6)]}  # no third seed: it is left out
     assert study_report.at_equal_kl(ours, theirs, 1.5) == "0.650 - 0.500 = +0.150 ± 0.635, 2 seeds"
