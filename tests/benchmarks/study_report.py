@@ -97,10 +97,10 @@ def policy_cells(members: list[dict]) -> list[str]:
 # ---- Frontier --------------------------------------------------------------------------------------------------------
 def frontier(rows: list[dict], folder: Path, plt) -> None:
     points = defaultdict(list)
-    for (method, setting), members in group(rows, "base", "frontier", "uncentered", "equal_time").items():
-        if "policy" in members[0]:
-            name = members[0]["experiment"] + ("_fast" if "twice the rate" in setting else "")
-            points[name if name in NAMES else method].append(members)
+    for experiment in ("base", "frontier", "uncentered", "equal_time", "equal_time_fast"):
+        for (method, _), members in group(rows, experiment).items():
+            if "policy" in members[0]:
+                points[experiment if experiment in NAMES else method].append(members)
     points = {name: points[name] for name in NAMES if name in points}
     print("\n## Gold score against KL, per KL coefficient")
     lines = []
