@@ -66,8 +66,9 @@ def user_errors(kinds, message: str):
 
 
 def cause(error: BaseException) -> str:
-    """What an error says, in one line; of those of several ranks, the first's."""
-    error, _ = next(iter(getattr(error, "failures", {0: (error, None)}).values()))
+    """The first line of what an error says; where several ranks could not save or load, the first one's."""
+    if isinstance(error, dcp.CheckpointException):
+        error, _traceback = next(iter(error.failures.values()))
     text = getattr(error, "strerror", None) or str(error)
     return next(iter(text.strip().splitlines()), type(error).__name__)
 
@@ -93,7 +94,6 @@ def one_line_errors():
         if first_to_fail():
             line = f"error: {printable(' '.join(message.split()))}" if message else traceback.format_exc()
             print(line, file=sys.stderr)
-        sys.stdout.flush()
         sys.exit(2 if isinstance(error, UserError) else 1)
 
 
@@ -118,7 +118,7 @@ def explain(error: Exception) -> str | None:
     return None
 
 
-_store = None  # what the processes share beside the collectives, once they have met
+_store = None  # the process group's key-value store, once the processes have met
 
 
 def first_to_fail() -> bool:
@@ -129,7 +129,7 @@ def first_to_fail() -> bool:
         return False
 
 
-TIMEOUT = timedelta(minutes=10)  # for which a process waits for another that says nothing
+TIMEOUT = timedelta(minutes=10)  # how long a process waits for one that stays silent
 
 
 def init_processes() -> torch.device:
@@ -139,14 +139,9 @@ def init_processes() -> torch.device:
     global _store
     _store = None
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:  # torchrun, or a scheduler that does as it does
-        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        missing = ", ".join(name for name in names if name not in os.environ)
-        check(not missing, f"environment: of {', '.join(names)} only some are set, {missing} not: start with torchrun")
-        numbers = [os.environ[name] for name in names if name != "MASTER_ADDR"]
-        check(all(x.isdigit() for x in numbers) and int(numbers[0]) < int(numbers[1]),
-              "environment: RANK, WORLD_SIZE and MASTER_PORT must be numbers, RANK below WORLD_SIZE")  # fmt: skip
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        with user_errors(dist.DistError, f"environment: the processes cannot meet at {where}"):
+        with user_errors((ValueError, dist.DistError), "environment: the processes cannot meet; start with torchrun"):
+            inside = 0 <= int(os.environ.get("RANK", 0)) < int(os.environ.get("WORLD_SIZE", 1))
+            check(inside, "environment: RANK must be from 0 to below WORLD_SIZE")  # or it would wait in vain
             _store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         _store = dist.PrefixStore(f"attempt {attempt}", _store)  # torchrun keeps one store over its restarts
@@ -169,14 +164,14 @@ def end_processes() -> None:
 
 
 def log(message: str) -> None:
-    """Print on rank 0; what a terminal would obey, in a model's or a dataset's text, is shown instead."""
+    """Print on rank 0, control characters escaped: a model's or dataset's text must not command the terminal."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(printable(message, keep="\n"), flush=True)
+        print(printable(message), flush=True)
 
 
-def printable(text: str, keep: str = "") -> str:
-    """`text` with control characters, but for those in `keep`, written out."""
-    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+def printable(text: str) -> str:
+    """`text` with control characters, but for ends of lines, escaped."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
@@ -225,14 +220,14 @@ def check_kl(update: int, kl: float, max_kl: float, judge: str) -> None:
 
 
 def clock(device: torch.device) -> float:
-    """Seconds on a running clock, once the device has finished what it was given."""
+    """A clock in seconds, read when the device has finished all work it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Most memory held so far: allocated by torch on a GPU, resident of the process on a CPU."""
+    """Peak memory so far: what torch has allocated on a GPU, the process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
@@ -305,8 +300,10 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def masked_whiten(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """`x` with zero mean and unit variance where `mask` is True, zero elsewhere. Give it the global batch, not a rank's
-    share."""
+    """`x` with zero mean and unit variance where `mask` (same shape) is True, zero elsewhere.
+
+    Statistics are of what is given: give it the global batch, not a rank's share.
+    """
     mean = masked_mean(x, mask)
     std = masked_mean((x - mean) ** 2, mask).sqrt()
     return ((x - mean) / (std + 1e-8)).masked_fill(~mask, 0.0)
@@ -513,13 +510,9 @@ def toy_tokenizer() -> transformers.PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.decoder = decoders.WordPiece(cleanup=True)  # no space before a comma or a full stop
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        extra_special_tokens=["<user>", "<assistant>"],
-        chat_template=TOY_CHAT_TEMPLATE,
-    )
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+        extra_special_tokens=["<user>", "<assistant>"], chat_template=TOY_CHAT_TEMPLATE,
+    )  # fmt: skip
 
 
 # ---- Datasets --------------------------------------------------------------------------------------------------------
@@ -625,8 +618,8 @@ FORMATS = [
 
 def renamed(row: dict) -> dict:
     """A row without its nulls, its columns named as the adapters know them; a column of that very name wins."""
-    others_first = sorted(row, key=lambda column: column not in ALIASES)
-    return {ALIASES.get(column, column): row[column] for column in others_first if row[column] is not None}
+    aliases_first = sorted(row, key=lambda column: column not in ALIASES)
+    return {ALIASES.get(column, column): row[column] for column in aliases_first if row[column] is not None}
 
 
 def read_rows(dataset: str, splits: tuple[str, ...]):
@@ -735,6 +728,7 @@ def load_examples(dataset: str, needs: str) -> tuple[list[Example], list[Example
         log(f"  dropped {len(numbers)}: {reason} (the first is row {numbers[0]})")
     reasons = "; ".join(f"{len(numbers)} x {reason}" for reason, numbers in dropped[:3])
     check(examples, f"--dataset {dataset}: no row can be used here: {reasons}")
+    # random.Random seeds itself with the SHA-512 of a text; Python's own hash() differs from process to process.
     heldout = [random.Random(e.prompt[-1]["content"]).random() < HELDOUT_FRACTION for e in examples]
     check(not all(heldout), f"--dataset {dataset}: too few prompts, all of them are held out")
     return [e for e, out in zip(examples, heldout) if not out], [e for e, out in zip(examples, heldout) if out]
@@ -783,10 +777,9 @@ def end_of_turn_id(tokenizer) -> int:
     turn = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "final-answer"}]
     text = tokenizer.apply_chat_template(turn, tokenize=False)
     tail = text[text.rindex("final-answer") + len("final-answer") :]
+    ids = tokenizer(tail, add_special_tokens=False).input_ids
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    return next(
-        (i for i in tokenizer(tail, add_special_tokens=False).input_ids if i in special), tokenizer.eos_token_id
-    )
+    return next((i for i in ids if i in special), tokenizer.eos_token_id)
 
 
 # Llama 3's template writes today's date unless given one, SmolLM3's asks a function: a run must not depend on the day.
@@ -800,21 +793,15 @@ def tokenize_prompt(tokenizer, prompt: list[dict]) -> list[int]:
     if "strftime_now" in template:
         template = FIXED_CLOCK + template
     try:  # Mistral's and Gemma's refuse system messages; Qwen3's would start with thoughts, which no dataset holds
-        text = tokenizer.apply_chat_template(
-            prompt,
-            chat_template=template,
-            tokenize=False,
-            add_generation_prompt=True,
-            date_string=FIXED_DATE,
-            enable_thinking=False,
-        )
+        text = tokenizer.apply_chat_template(prompt, chat_template=template, tokenize=False, add_generation_prompt=True,
+                                             date_string=FIXED_DATE, enable_thinking=False)  # fmt: skip
     except jinja2.TemplateError:
         return []
     return tokenizer(text, add_special_tokens=False).input_ids  # the template writes its own BOS
 
 
 def control_ids(tokenizer) -> set[int]:
-    """Tokens that belong to the chat and not into a text: special ones, marks of roles, ends of turns."""
+    """Tokens that structure a chat and must not stand in a text: special ones, marks of roles, ends of turns."""
     prompt = tokenize_prompt(tokenizer, [{"role": "user", "content": "question"}])
     added = tokenizer.added_tokens_decoder
     ids = {i for i, token in added.items() if token.special or (i in prompt and token.content.strip())}
@@ -850,7 +837,8 @@ def fit_prompts(
     A prompt with a control token in its text is left out, too: it could end a turn, or speak in another role. Raises
     `UserError` when none is left, but for held-out examples.
     """
-    controls = re.compile("|".join(map(re.escape, tokenizer.convert_ids_to_tokens(sorted(control_ids(tokenizer))))))
+    marks = tokenizer.convert_ids_to_tokens(list(control_ids(tokenizer)))
+    controls = re.compile("|".join(map(re.escape, marks)))
     known = {}  # a prompt often stands in many examples
     kept, tokens, dropped = [], [], Counter()
     for example in examples:
@@ -871,7 +859,7 @@ def fit_prompts(
     reasons = "; ".join(f"{count} x {reason}" for reason, count in dropped.most_common())
     if dropped:
         log(f"  dropped prompts: {reasons}")
-    check(kept or heldout or not examples, f"no prompt is left: {reasons}")
+    check(kept or heldout, f"no prompt is left: {reasons}")
     return kept, tokens
 
 
@@ -882,15 +870,13 @@ def show_example(tokenizer, prompt_ids: list[int], response_ids: list[int]) -> N
 
 
 def pad(sequences: list[list[int]], value: int, side: str, width: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sequences` padded on `side` to the longest, or wider, to `width`: ids and True where there is a token."""
-    width = max(width, *map(len, sequences))
-    ids = torch.full((len(sequences), width), value)
-    mask = torch.zeros(len(sequences), width, dtype=torch.bool)
-    for i, sequence in enumerate(sequences):
-        where = slice(width - len(sequence), width) if side == "left" else slice(len(sequence))
-        ids[i, where] = torch.tensor(sequence, dtype=torch.long)
-        mask[i, where] = True
-    return ids, mask
+    """`sequences` padded on `side` to the longest, or to `width` if that is wider: ids, and a mask that is True on
+    tokens; both `(B, W)`."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences])[:, None]  # (B, 1)
+    columns = torch.arange(max(width, lengths.max()))  # (W,)
+    mask = columns >= len(columns) - lengths if side == "left" else columns < lengths  # (B, W)
+    tokens = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.long)
+    return torch.full(mask.shape, value).masked_scatter(mask, tokens), mask
 
 
 def pad_batch(prompts, responses, pad_id: int, device, widths: tuple[int, int] = (0, 0)) -> dict[str, torch.Tensor]:
@@ -963,7 +949,7 @@ def condition(prompt_ids: list[int], trajectories: list[Trajectory], max_length:
 
 
 # ---- Models ----------------------------------------------------------------------------------------------------------
-# What a model calls its keys and values of the tokens before: transformers 5.24 has renamed it.
+# The name of a model's key-value cache, in its arguments and outputs: transformers 5.24 has changed it.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
@@ -1044,20 +1030,18 @@ def load_value_model(path: str, tokenizer, dtype: torch.dtype, fresh_head: bool,
     width, or a missing head.
     """
     config = load_config(path, tokenizer)
+    families = "use a Llama, Qwen2, Qwen3, Mistral or Gemma model"
     known = type(config) in auto_class._model_mapping
-    check(known, f"{path}: {config.model_type} has no such head as a value needs; use a Llama, Qwen2, Qwen3, Mistral, "
-                 f"Gemma or other family that {auto_class.__name__} knows")  # fmt: skip
-    width = config.num_labels
-    check(fresh_head or width == 1, f"{path}: the value head has {width} outputs, expected 1; is it a GVM or a reward "
-          "model?")  # fmt: skip
+    check(known, f"{path}: {config.model_type} has no {auto_class.__name__}; {families}")
+    right = fresh_head or config.num_labels == 1
+    check(right, f"{path}: the head has {config.num_labels} outputs, expected 1; is it a GVM or a reward model?")
     config.num_labels, config.classifier_dropout, config.token_classification_bias = 1, 0.0, False
     config.pad_token_id = tokenizer.pad_token_id  # by which other code finds an answer's end
     model, info = load_pretrained(auto_class, path, config=config, dtype=dtype,
                                   use_safetensors=True, output_loading_info=True)  # fmt: skip
     head = getattr(model, "score", None)
     plain = isinstance(head, torch.nn.Linear) and head.bias is None
-    check(plain, f"{path}: the head of {type(model).__name__} is not a plain `score` layer; use a "
-                 "Llama, Qwen2, Qwen3, Mistral or Gemma model")  # fmt: skip
+    check(plain, f"{path}: the head of {type(model).__name__} is not a plain `score` layer; {families}")
     if fresh_head and "score.weight" in info["missing_keys"]:
         torch.nn.init.zeros_(head.weight)
         info["missing_keys"].remove("score.weight")
@@ -1066,13 +1050,13 @@ def load_value_model(path: str, tokenizer, dtype: torch.dtype, fresh_head: bool,
     return model
 
 
-def check_same_tokenizer(policy_path: str, policy_tokenizer, value_path: str, value_tokenizer) -> None:
-    """Raise `UserError` unless a value model reads a policy's tokens as the policy writes them."""
-    pair = f"{value_path} and {policy_path} have different"
-    same = policy_tokenizer.get_vocab() == value_tokenizer.get_vocab()
-    sizes = f"{len(value_tokenizer)} and {len(policy_tokenizer)} tokens"
+def check_same_tokenizer(path: str, tokenizer, other_path: str) -> None:
+    """Raise `UserError` unless the model at `other_path` reads tokens as `tokenizer`, that of `path`, writes them."""
+    other, pair = load_tokenizer(other_path), f"{other_path} and {path} have different"
+    same = tokenizer.get_vocab() == other.get_vocab()
+    sizes = f"{len(other)} and {len(tokenizer)} tokens"
     check(same, f"{pair} tokenizers ({sizes}): train both from the same model")
-    same = policy_tokenizer.chat_template == value_tokenizer.chat_template
+    same = tokenizer.chat_template == other.chat_template
     check(same, f"{pair} chat templates: train both from the same model")
 
 
@@ -1149,14 +1133,13 @@ class Run:
             return False, []
         found = sorted((p for p in self.checkpoints.glob("step_*") if p.name[5:].isdigit()), reverse=True)
         if self.args.resume:
-            asked = [path for path in found if path.resolve() == Path(self.args.resume[0]).expanduser().resolve()]
-            check(asked, f"--resume {self.args.resume[0]}: no checkpoint of {self.folder}")
-            found = asked
+            found = [path for path in found if path.resolve() == Path(self.args.resume[0]).expanduser().resolve()]
+            check(found, f"--resume {self.args.resume[0]}: no checkpoint of {self.folder}")
         if begun or finished:
-            file = self.folder / "args.json"
-            with user_errors((OSError, ValueError), f"{file}: cannot be read; --overwrite starts again"):
+            file, kinds = self.folder / "args.json", (OSError, ValueError, AttributeError)
+            with user_errors(kinds, f"{file}: cannot be read; --overwrite starts again"):
                 before = json.loads(file.read_text())
-            changed = self.changed(before)
+                changed = self.changed(before)
             check(not changed, f"{self.folder}: cannot go on with other settings: {changed}")
         if finished:
             log(f"{self.folder} is finished already")
@@ -1215,7 +1198,7 @@ class Run:
             self.restore()
         self.take_folder()
         self.start_tracker()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT):  # ours from now on, the old handler's again when the run ends
             self.taken.callback(signal.signal, number, signal.signal(number, self.stop))
         return self.done, self.carried
 
@@ -1247,6 +1230,7 @@ class Run:
             self.metrics = self.taken.enter_context(open(metrics, "a", buffering=1))
 
     def start_tracker(self) -> None:
+        """Send metrics to what `--track` names, too; a resumed run goes on there."""
         if self.writes and self.args.track == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
@@ -1255,7 +1239,7 @@ class Run:
         elif self.writes and self.args.track == "wandb":
             import wandb
 
-            before = getattr(self.carried, "wandb_id", None)  # a resumed run goes on there, too
+            before = getattr(self.carried, "wandb_id", None)
             tracked = wandb.init(project="dvpo", name=self.folder.name, config=asdict(self.args), dir=self.folder,
                                  id=before, resume="allow")  # fmt: skip
             self.carried.wandb_id = tracked.id
@@ -1385,7 +1369,7 @@ class Run:
 
 
 def launch() -> str:
-    """Tells one torchrun from another; its restarts are the same."""
+    """Names the torchrun that started this process; its restarts have the same name, another torchrun has not."""
     return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
 
 
@@ -1402,7 +1386,7 @@ def fingerprint(data: list, *models: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides a run's last bits."""
+    """Versions of the software that decides a run's last bits."""
     return {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
 
 

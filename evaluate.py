@@ -115,7 +115,9 @@ class FusedLogprobs(torch.autograd.Function):
             if need_weight:
                 grad_weight[start : start + ctx.chunk_size] = project(residual.T, scaled.T)
             del residual
-        return None if grad_hidden is None else grad_hidden.mul_(g).to(hidden.dtype), grad_weight, None, None, None
+        if need_hidden:
+            grad_hidden = grad_hidden.mul_(g).to(hidden.dtype)
+        return grad_hidden, grad_weight, None, None, None
 
 
 # Copied from train_dvpo.project
@@ -179,7 +181,7 @@ def add_methods(model, *functions):
 
 # Copied from train_dvpo.next_token_logits
 def next_token_logits(model, tokens, attention_mask, positions, cache):
-    """Logits `(B, V)` after the last of `tokens (B, t)` in fp32, as `fused_logprobs` has them, and the grown cache."""
+    """Logits `(B, V)` after the last of `tokens (B, t)` in fp32, as in `fused_logprobs`, and the grown cache."""
     outputs = model.base_model(
         tokens, attention_mask=attention_mask, position_ids=positions, use_cache=True, **{common.CACHE: cache}
     )
@@ -191,8 +193,8 @@ def next_token_logits(model, tokens, attention_mask, positions, cache):
 def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, temperature: float):
     """Sample answers from a sharded policy without any communication per token.
 
-    `prompt_ids`, `prompt_mask (B, P)` left-padded; `uniforms (B, R)` in [0, 1), one per token to sample, so what a
-    prompt is answered does not depend on the number of ranks; `end_ids (E,)` end an answer. Returns `response_ids` and
+    `prompt_ids`, `prompt_mask (B, P)` left-padded; `uniforms (B, R)` in [0, 1), one per token to sample, so that
+    an answer does not depend on the number of ranks; `end_ids (E,)` end an answer. Returns `response_ids` and
     `response_mask (B, R)`, the ending token inside the mask, `pad_id` after it.
     """
     B, R = uniforms.shape
@@ -254,33 +256,29 @@ class Answer:
 
 
 # Copied from train_gvm.tokenize
-def tokenize(
-    tokenizer,
-    examples: list[common.Example],
-    label_source: str,
-    max_prompt_length: int,
-    response_length: int,
-    heldout: bool = False,
-):
+def tokenize(tokenizer, examples: list[common.Example], label_source: str, args: Args, heldout: bool = False):
     """Answers in dataset order, and how many of them belong together: 2 (chosen, rejected, chosen, ...) or 1."""
-    examples, prompts = common.fit_prompts(tokenizer, examples, max_prompt_length, heldout)
+    examples, prompts = common.fit_prompts(tokenizer, examples, args.max_prompt_length, heldout)
     sides = ("chosen", "rejected") if examples and examples[0].rejected is not None else ("chosen",)
-    texts = [getattr(e, side) for e in examples for side in sides]
-    responses = iter(common.tokenize_answers(tokenizer, texts, response_length))
+    rows = [(prompt_ids, example, side) for prompt_ids, example in zip(prompts, examples) for side in sides]
+    texts = [getattr(example, side) for _, example, side in rows]
+    responses = common.tokenize_answers(tokenizer, texts, args.response_length)
     answers = []
-    for example, prompt_ids in zip(examples, prompts):
-        for side in sides:
-            label = 1.0 if side == "chosen" else -1.0
-            if label_source == "score":
-                label = getattr(example, f"score_{side}")
-            answers.append(Answer(prompt_ids, next(responses), label, getattr(example, f"{side}_policy")))
+    for (prompt_ids, example, side), response_ids in zip(rows, responses):
+        label = 1.0 if side == "chosen" else -1.0
+        if label_source == "score":
+            label = getattr(example, f"score_{side}")
+        answers.append(Answer(prompt_ids, response_ids, label, getattr(example, f"{side}_policy")))
     return answers, len(sides)
 
 
 # Copied from train_gvm.make_batch
 def make_batch(config, answers: list[Answer], pools: dict, key: str, pad_id: int, device, widths=(0, 0)) -> dict:
-    """`input_ids attention_mask response_mask` of answers, each behind its prompt and, in front of that, as many
-    trajectories of its policy as the GVM's `config` says, drawn anew for every `key`."""
+    """`common.pad_batch` of answers whose prompts have trajectories of the same policy in front, where there are to be
+    some: `config.num_context_trajectories` of at most `config.context_trajectory_length` tokens.
+
+    They are drawn from `pools` (policy -> its trajectories) by a generator seeded with `key` and the answer.
+    """
     prompts = [answer.prompt_ids for answer in answers]
     if config.num_context_trajectories:
         for i, answer in enumerate(answers):
@@ -303,14 +301,12 @@ def policy_pools(answers: list[Answer]) -> dict[str, list[common.Trajectory]]:
 
 # Copied from train_gvm.heldout_statistics
 @torch.no_grad()
-def heldout_statistics(
-    gvm, answers: list[Answer], pad_id: int, micro_batch_size: int, device
-) -> dict[str, torch.Tensor]:
+def heldout_statistics(gvm, answers: list[Answer], pad_id: int, device, args: Args) -> dict[str, torch.Tensor]:
     """`common.token_statistics` of held-out answers, each `(len(answers),)`; the work is shared among ranks."""
     pools, mine = policy_pools(answers), [answers[i] for i in common.rows_of_rank(len(answers))]
     parts = []
-    for i in range(0, len(mine), micro_batch_size):
-        batch = make_batch(gvm.config, mine[i : i + micro_batch_size], pools, "heldout", pad_id, device)
+    for i in range(0, len(mine), args.micro_batch_size):
+        batch = make_batch(gvm.config, mine[i : i + args.micro_batch_size], pools, "heldout", pad_id, device)
         statistics = common.token_statistics(gvm.token_values(**batch), batch["response_mask"])
         parts.append(torch.stack(list(statistics.values()), 1))
     table = common.all_gather(torch.cat(parts))[: len(answers)].cpu()  # (answers, statistics)
@@ -338,8 +334,7 @@ def sample(policy, reference, gvm, prompts: list[list[int]], end_ids, pad_id: in
     mine = torch.tensor(common.rows_of_rank(len(prompts)))
     parts = []
     for rows in mine.split(args.micro_batch_size):
-        prompt_ids, prompt_mask = common.pad([prompts[i] for i in rows], pad_id, "left")
-        prompt_ids, prompt_mask = prompt_ids.to(device), prompt_mask.to(device)
+        prompt_ids, prompt_mask = (x.to(device) for x in common.pad([prompts[i] for i in rows], pad_id, "left"))
         response_ids, response_mask = generate(
             policy, prompt_ids, prompt_mask, uniforms[rows].to(device), end_ids, pad_id, args.temperature
         )
@@ -355,7 +350,7 @@ def sample(policy, reference, gvm, prompts: list[list[int]], end_ids, pad_id: in
     if gvm is not None:
         rows = zip(prompts, answers["response_ids"], answers["response_mask"])
         judged = [Answer(prompt, ids[mask].tolist(), 0.0, "policy") for prompt, ids, mask in rows]
-        answers["scores"] = heldout_statistics(gvm, judged, pad_id, args.micro_batch_size, device)["last"]
+        answers["scores"] = heldout_statistics(gvm, judged, pad_id, device, args)["last"]
     return answers
 
 
@@ -403,10 +398,8 @@ def main(args: Args) -> None:
     # ---- 1 Processes -------------------------------------------------------------------------------------------------
     device = common.init_processes()
     dtype = common.compute_dtype(args.dtype, device)
-    common.check_positive(
-        args, "num_prompts", "samples_per_prompt", "micro_batch_size", "response_length", "temperature"
-    )
-    common.check_positive(args, "max_prompt_length")
+    common.check_positive(args, "num_prompts", "samples_per_prompt", "micro_batch_size", "max_prompt_length",
+                          "response_length", "temperature")  # fmt: skip
     common.check_between(0, 2**31, args, "seed")
     common.check(args.policies, "name at least one policy, as in dvpo=runs/dvpo")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -418,7 +411,7 @@ def main(args: Args) -> None:
     # ---- 2 Data: held-out prompts, each several times ----------------------------------------------------------------
     tokenizer = common.load_tokenizer(args.reference_path)
     for path in paths.values():
-        common.check_same_tokenizer(args.reference_path, tokenizer, path, common.load_tokenizer(path))
+        common.check_same_tokenizer(args.reference_path, tokenizer, path)
     train, heldout = common.load_examples(args.dataset, needs="prompts")
     heldout = train + heldout if ":" in args.dataset else heldout
     common.check(
@@ -439,7 +432,7 @@ def main(args: Args) -> None:
     end_ids = torch.tensor([common.end_of_turn_id(tokenizer), tokenizer.eos_token_id], device=device)
     gvm, results = None, {"args": asdict(args), "policies": {}}
     if args.gvm_path:
-        common.check_same_tokenizer(args.reference_path, tokenizer, args.gvm_path, common.load_tokenizer(args.gvm_path))
+        common.check_same_tokenizer(args.reference_path, tokenizer, args.gvm_path)
         gvm = common.load_value_model(args.gvm_path, tokenizer, dtype, fresh_head=False)
         gvm.config.num_context_trajectories = getattr(gvm.config, "num_context_trajectories", 0)
         gvm = add_methods(frozen(gvm), token_values)
@@ -486,8 +479,8 @@ def main(args: Args) -> None:
 
     # ---- 5 GVM: held-out pairs ---------------------------------------------------------------------------------------
     if gvm is not None and rated:
-        judged, _ = tokenize(tokenizer, rated, "preference", args.max_prompt_length, args.response_length)
-        statistics = heldout_statistics(gvm, judged, tokenizer.pad_token_id, args.micro_batch_size, device)
+        judged, _ = tokenize(tokenizer, rated, "preference", args)
+        statistics = heldout_statistics(gvm, judged, tokenizer.pad_token_id, device, args)
         labels = torch.tensor([answer.label for answer in judged])
         pairs = torch.arange(len(judged)).view(-1, 2)
         report = results["gvm"] = {"path": args.gvm_path, **common.value_report(statistics, labels, pairs)}

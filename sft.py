@@ -124,7 +124,9 @@ class FusedLogprobs(torch.autograd.Function):
             if need_weight:
                 grad_weight[start : start + ctx.chunk_size] = project(residual.T, scaled.T)
             del residual
-        return None if grad_hidden is None else grad_hidden.mul_(g).to(hidden.dtype), grad_weight, None, None, None
+        if need_hidden:
+            grad_hidden = grad_hidden.mul_(g).to(hidden.dtype)
+        return grad_hidden, grad_weight, None, None, None
 
 
 # Copied from train_dvpo.project
@@ -256,8 +258,7 @@ def main(args: Args) -> None:
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup, num_updates)
 
     widest = max(len(prompt) for prompt, _ in train_set), max(len(response) for _, response in train_set)
-    data = common.fingerprint(train_set)
-    done, _ = run.start([(policy, optimizer, scheduler)], num_updates, data)
+    done, _ = run.start([(policy, optimizer, scheduler)], num_updates, common.fingerprint(train_set))
     for update in range(done + 1, num_updates + 1):
         start = common.clock(device)
         # ---- 4 Update ------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ class Args:
 
     # Training
     seed: int = 1
-    """seed of prompts order, sampling and minibatches"""
+    """seed of the order of prompts, sampling and minibatches"""
     num_updates: int = 300
     """updates, each one rollout and `num_epochs` passes over it"""
     learning_rate: float = 6e-4
@@ -156,7 +156,9 @@ class FusedLogprobs(torch.autograd.Function):
             if need_weight:
                 grad_weight[start : start + ctx.chunk_size] = project(residual.T, scaled.T)
             del residual
-        return None if grad_hidden is None else grad_hidden.mul_(g).to(hidden.dtype), grad_weight, None, None, None
+        if need_hidden:
+            grad_hidden = grad_hidden.mul_(g).to(hidden.dtype)
+        return grad_hidden, grad_weight, None, None, None
 
 
 def project(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -287,7 +289,7 @@ def full_state_dict(model, dtype: torch.dtype) -> dict:
 
 # ---- Rollout ---------------------------------------------------------------------------------------------------------
 def next_token_logits(model, tokens, attention_mask, positions, cache):
-    """Logits `(B, V)` after the last of `tokens (B, t)` in fp32, as `fused_logprobs` has them, and the grown cache."""
+    """Logits `(B, V)` after the last of `tokens (B, t)` in fp32, as in `fused_logprobs`, and the grown cache."""
     outputs = model.base_model(
         tokens, attention_mask=attention_mask, position_ids=positions, use_cache=True, **{common.CACHE: cache}
     )
@@ -298,8 +300,8 @@ def next_token_logits(model, tokens, attention_mask, positions, cache):
 def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, temperature: float):
     """Sample answers from a sharded policy without any communication per token.
 
-    `prompt_ids`, `prompt_mask (B, P)` left-padded; `uniforms (B, R)` in [0, 1), one per token to sample, so what a
-    prompt is answered does not depend on the number of ranks; `end_ids (E,)` end an answer. Returns `response_ids` and
+    `prompt_ids`, `prompt_mask (B, P)` left-padded; `uniforms (B, R)` in [0, 1), one per token to sample, so that
+    an answer does not depend on the number of ranks; `end_ids (E,)` end an answer. Returns `response_ids` and
     `response_mask (B, R)`, the ending token inside the mask, `pad_id` after it.
     """
     B, R = uniforms.shape
@@ -357,10 +359,10 @@ def main(args: Args) -> None:
 
     # ---- 2 Data ------------------------------------------------------------------------------------------------------
     tokenizer = common.load_tokenizer(args.model_path)
-    common.check_same_tokenizer(args.model_path, tokenizer, args.gvm_path, common.load_tokenizer(args.gvm_path))
+    common.check_same_tokenizer(args.model_path, tokenizer, args.gvm_path)
     examples, _ = common.load_examples(args.dataset, needs="prompts")
-    unique = list({str(example.prompt): example for example in examples}.values())
-    unique, all_prompts = common.fit_prompts(tokenizer, unique, args.max_prompt_length)
+    examples = list({str(example.prompt): example for example in examples}.values())  # each prompt once
+    examples, all_prompts = common.fit_prompts(tokenizer, examples, args.max_prompt_length)
     common.log(f"{len(all_prompts)} prompts, the first: {tokenizer.decode(all_prompts[0])!r}")
     end_ids = torch.tensor([common.end_of_turn_id(tokenizer), tokenizer.eos_token_id], device=device)
 
@@ -382,6 +384,7 @@ def main(args: Args) -> None:
     data = common.fingerprint(all_prompts, args.model_path, args.gvm_path)
     done, carried = run.start(trained, args.num_updates, data, kl_coef=args.kl_coef, usual_surprise=None, warned=False)
     B, longest_prompt = args.rollout_batch_size, max(map(len, all_prompts))
+    longest_gvm_prompt = longest_prompt + num_trajectories * trajectory_length
     mine = torch.arange(B).chunk(world_size)[rank]  # the rows this rank rolls out and scores
     for update in range(done + 1, args.num_updates + 1):
         # ---- 4 Rollout: each rank answers its share of the prompts, then all ranks hold all answers (a few MB) -------
@@ -392,15 +395,18 @@ def main(args: Args) -> None:
         drawn = common.shuffled_batch(len(all_prompts), update, B, args.seed)
         prompts = [all_prompts[i] for i in drawn]
         # The first update is padded to the widest batch there can be: if memory runs out, then now.
-        width, crop = (longest_prompt, lambda *batch: batch) if update == 1 else (0, common.crop)
-        padded = common.pad(prompts, tokenizer.pad_token_id, "left", width)
+        widest = update == 1
+        crop = (lambda *batch: batch) if widest else common.crop
+        padded = common.pad(prompts, tokenizer.pad_token_id, "left", longest_prompt if widest else 0)
         prompt_ids, prompt_mask = (x.to(device) for x in padded)  # (B, P)
         uniforms = torch.rand(B, args.response_length, generator=generator).to(device)
         rollouts = [generate(policy, prompt_ids[micro], prompt_mask[micro], uniforms[micro], end_ids,
                              tokenizer.pad_token_id, args.temperature)
                     for micro in mine.split(args.rollout_micro_batch_size or B)]  # fmt: skip
         response_ids, response_mask = (common.all_gather(torch.cat(x)) for x in zip(*rollouts))
-        longest = args.response_length if update == 1 else response_mask.sum(1).max()
+        lengths = response_mask.sum(1)  # (B,)
+        ended = torch.isin(response_ids.gather(1, lengths[:, None] - 1)[:, 0], end_ids)  # (B,) False where it was cut
+        longest = args.response_length if widest else lengths.max()
         response_ids, response_mask = response_ids[:, :longest], response_mask[:, :longest]  # (B, R)
         input_ids = torch.cat([prompt_ids, response_ids], 1)  # (B, P + R)
         attention_mask = torch.cat([prompt_mask, response_mask], 1)  # (B, P + R)
@@ -414,8 +420,8 @@ def main(args: Args) -> None:
             rng = random.Random(f"{args.seed}/{update}")
             contexts = [common.draw_trajectories(rng, pool, prompt, num_trajectories) for prompt in prompts]
             gvm_prompts = [common.condition(p, context, trajectory_length) for p, context in zip(prompts, contexts)]
-            width += num_trajectories * trajectory_length if update == 1 else 0
-        gvm_ids, gvm_mask = (x.to(device) for x in common.pad(gvm_prompts, tokenizer.pad_token_id, "left", width))
+        padded = common.pad(gvm_prompts, tokenizer.pad_token_id, "left", longest_gvm_prompt if widest else 0)
+        gvm_ids, gvm_mask = (x.to(device) for x in padded)  # (B, P')
         gvm_ids = torch.cat([gvm_ids, response_ids], 1)  # (B, P' + R)
         gvm_mask = torch.cat([gvm_mask, response_mask], 1)
         R = response_mask.shape[1]
@@ -429,10 +435,11 @@ def main(args: Args) -> None:
                 ref_logprobs[micro, :r], _ = reference.token_logprobs(*batch, args.temperature)
                 batch = crop(gvm_ids[micro], gvm_mask[micro], response_mask[micro])
                 gvm_values[micro, : r + 1] = gvm.token_values(*batch)
-        scored = torch.cat([logprobs, ref_logprobs, gvm_values], 1)  # (B, 3 R + 1), zero in other ranks' rows
-        per_row, scored = scored[mine].sum(1), common.all_sum(scored)
+        scored = torch.cat([logprobs, ref_logprobs, gvm_values], 1)[mine]  # (B / world_size, 3 R + 1)
+        per_row, scored = scored.sum(1), common.all_gather(scored)  # again all ranks hold all rows
         common.check_finite(update, "log-probs or values are", scored, mine.tolist(), per_row)
         logprobs, ref_logprobs, gvm_values = scored.split([R, R, R + 1], 1)
+        scores = common.last_values(gvm_values, response_mask)  # (B,) the GVM's judgement of the finished answer
         kl = logprobs - ref_logprobs  # (B, R) k1, zero outside the mask
         advantages = dvpo_advantages(
             gvm_values, kl, response_mask, args.advantage, args.gamma, args.gae_lambda, carried.kl_coef
@@ -442,11 +449,12 @@ def main(args: Args) -> None:
         # ---- 6 Update: PPO-clip on the policy, and nothing else ------------------------------------------------------
         start = common.clock(device)
         steps = []
+        # Epochs and minibatches are one loop, so that one `break` ends both.
         shuffled = [torch.randperm(B, generator=generator) for _ in range(args.num_epochs)]
         for minibatch in [rows for epoch in shuffled for rows in epoch.chunk(args.num_minibatches)]:
-            num_tokens = response_mask[minibatch].sum()  # of all ranks and micro-batches: their number does not matter
+            num_tokens = response_mask[minibatch].sum()  # of all ranks and micro-batches, so neither changes the loss
             rows, per_row = common.by_length(minibatch.chunk(world_size)[rank], attention_mask), []
-            sums = torch.zeros(6, device=device)
+            sums = 0  # over the tokens, in the order in which section 7 unpacks their means
             for micro in rows.split(args.micro_batch_size):
                 batch = crop(input_ids[micro], attention_mask[micro], response_mask[micro])
                 new_logprobs, entropy = policy.token_logprobs(*batch, args.temperature)  # (micro, r)
@@ -462,7 +470,7 @@ def main(args: Args) -> None:
             common.check_finite(update, "the loss or its gradient is", steps[-1], rows.tolist(), torch.cat(per_row))
             optimizer.step()
             optimizer.zero_grad()
-            if args.max_approx_kl is not None and steps[-1][1] > args.max_approx_kl:
+            if args.max_approx_kl is not None and steps[-1][1] > args.max_approx_kl:  # [1]: approxkl
                 break
         lr = scheduler.get_last_lr()[0]
         scheduler.step()
@@ -470,15 +478,12 @@ def main(args: Args) -> None:
 
         # ---- 7 Log ---------------------------------------------------------------------------------------------------
         loss, approxkl, clipfrac, ratio, ratio_squared, entropy, grad_norm = torch.stack(steps).mean(0).tolist()
-        lengths = response_mask.sum(1)  # (B,)
-        scores = common.last_values(gvm_values, response_mask)  # (B,) the GVM's judgement of the finished answer
         # Can the GVM still be trusted? It learned from answers that the reference, too, was trained on. Nothing in its
         # values betrays an answer unlike those, but the reference's surprise may, nats per token.
         surprise = -ref_logprobs.sum(1) / lengths  # (B,)
         if update == 1:  # the policy still is the reference
             carried.usual_surprise = surprise.quantile(0.95).item()
         off_support = (surprise > carried.usual_surprise).float().mean().item()  # starts near 0.05
-        ended = torch.isin(response_ids.gather(1, lengths[:, None] - 1)[:, 0], end_ids)  # (B,)
         sequence_kl = kl.sum(1).mean().item()
         seconds = time_rollout + time_score + time_update
         metrics = {
@@ -505,7 +510,8 @@ def main(args: Args) -> None:
             "time/tokens_per_sec": lengths.sum().item() / seconds,
             "time/peak_mem_gb": common.peak_memory_gb(device),
         }
-        questions = [unique[i].prompt[-1]["content"] for i in drawn]
+        questions = [examples[i].prompt[-1]["content"] for i in drawn]
+        # Decoding is slow: all answers where they are scored, else those that may be shown.
         needed = zip(response_ids[: B if args.dataset == "toy" else 3], response_mask)
         texts = [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in needed]
         if args.dataset == "toy":

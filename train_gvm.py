@@ -168,32 +168,28 @@ class Answer:
     policy: str | None  # who wrote it
 
 
-def tokenize(
-    tokenizer,
-    examples: list[common.Example],
-    label_source: str,
-    max_prompt_length: int,
-    response_length: int,
-    heldout: bool = False,
-):
+def tokenize(tokenizer, examples: list[common.Example], label_source: str, args: Args, heldout: bool = False):
     """Answers in dataset order, and how many of them belong together: 2 (chosen, rejected, chosen, ...) or 1."""
-    examples, prompts = common.fit_prompts(tokenizer, examples, max_prompt_length, heldout)
+    examples, prompts = common.fit_prompts(tokenizer, examples, args.max_prompt_length, heldout)
     sides = ("chosen", "rejected") if examples and examples[0].rejected is not None else ("chosen",)
-    texts = [getattr(e, side) for e in examples for side in sides]
-    responses = iter(common.tokenize_answers(tokenizer, texts, response_length))
+    rows = [(prompt_ids, example, side) for prompt_ids, example in zip(prompts, examples) for side in sides]
+    texts = [getattr(example, side) for _, example, side in rows]
+    responses = common.tokenize_answers(tokenizer, texts, args.response_length)
     answers = []
-    for example, prompt_ids in zip(examples, prompts):
-        for side in sides:
-            label = 1.0 if side == "chosen" else -1.0
-            if label_source == "score":
-                label = getattr(example, f"score_{side}")
-            answers.append(Answer(prompt_ids, next(responses), label, getattr(example, f"{side}_policy")))
+    for (prompt_ids, example, side), response_ids in zip(rows, responses):
+        label = 1.0 if side == "chosen" else -1.0
+        if label_source == "score":
+            label = getattr(example, f"score_{side}")
+        answers.append(Answer(prompt_ids, response_ids, label, getattr(example, f"{side}_policy")))
     return answers, len(sides)
 
 
 def make_batch(config, answers: list[Answer], pools: dict, key: str, pad_id: int, device, widths=(0, 0)) -> dict:
-    """`input_ids attention_mask response_mask` of answers, each behind its prompt and, in front of that, as many
-    trajectories of its policy as the GVM's `config` says, drawn anew for every `key`."""
+    """`common.pad_batch` of answers whose prompts have trajectories of the same policy in front, where there are to be
+    some: `config.num_context_trajectories` of at most `config.context_trajectory_length` tokens.
+
+    They are drawn from `pools` (policy -> its trajectories) by a generator seeded with `key` and the answer.
+    """
     prompts = [answer.prompt_ids for answer in answers]
     if config.num_context_trajectories:
         for i, answer in enumerate(answers):
@@ -214,14 +210,12 @@ def policy_pools(answers: list[Answer]) -> dict[str, list[common.Trajectory]]:
 
 
 @torch.no_grad()
-def heldout_statistics(
-    gvm, answers: list[Answer], pad_id: int, micro_batch_size: int, device
-) -> dict[str, torch.Tensor]:
+def heldout_statistics(gvm, answers: list[Answer], pad_id: int, device, args: Args) -> dict[str, torch.Tensor]:
     """`common.token_statistics` of held-out answers, each `(len(answers),)`; the work is shared among ranks."""
     pools, mine = policy_pools(answers), [answers[i] for i in common.rows_of_rank(len(answers))]
     parts = []
-    for i in range(0, len(mine), micro_batch_size):
-        batch = make_batch(gvm.config, mine[i : i + micro_batch_size], pools, "heldout", pad_id, device)
+    for i in range(0, len(mine), args.micro_batch_size):
+        batch = make_batch(gvm.config, mine[i : i + args.micro_batch_size], pools, "heldout", pad_id, device)
         statistics = common.token_statistics(gvm.token_values(**batch), batch["response_mask"])
         parts.append(torch.stack(list(statistics.values()), 1))
     table = common.all_gather(torch.cat(parts))[: len(answers)].cpu()  # (answers, statistics)
@@ -249,17 +243,16 @@ def main(args: Args) -> None:
     tokenizer = common.load_tokenizer(args.model_path)
     needs = {"preference": "pairs", "score": "scores"}[args.label_source]
     examples, heldout = common.load_examples(args.dataset, needs)
-    limits = args.label_source, args.max_prompt_length, args.response_length
-    train_set, group = tokenize(tokenizer, examples[: args.num_examples], *limits)
-    common.check_divides(group, "--micro-batch-size", args.micro_batch_size)  # a pair is seen in one piece
-    heldout_set, _ = tokenize(tokenizer, heldout, *limits, heldout=True)
+    train_set, group_size = tokenize(tokenizer, examples[: args.num_examples], args.label_source, args)
+    common.check_divides(group_size, "--micro-batch-size", args.micro_batch_size)  # a pair is seen in one piece
+    heldout_set, _ = tokenize(tokenizer, heldout, args.label_source, args, heldout=True)
     if args.label_source == "score":
         scores = torch.tensor([answer.label for answer in train_set])
         common.check(scores.std() > 0, f"--label-source score: all scores in {args.dataset} equal {scores[0].item():g}")
         for answer in train_set + heldout_set:
             answer.label = (answer.label - scores.mean().item()) / scores.std().item()
     outcomes = torch.tensor([answer.label for answer in heldout_set])
-    pairs = torch.arange(len(heldout_set) if group == 2 else 0).view(-1, 2)  # (pairs, 2): good, bad
+    pairs = torch.arange(len(heldout_set) if group_size == 2 else 0).view(-1, 2)  # (pairs, 2): good, bad
     if args.num_context_trajectories:
         known = all(answer.policy for answer in train_set + heldout_set)
         common.check(known, f"--num-context-trajectories needs to know who wrote each answer: {args.dataset} lacks the "
@@ -285,28 +278,26 @@ def main(args: Args) -> None:
     widest = (max(len(answer.prompt_ids) for answer in train_set)
               + args.num_context_trajectories * args.context_trajectory_length,
               max(len(answer.response_ids) for answer in train_set))  # fmt: skip
-    data = common.fingerprint(train_set)
-    done, _ = run.start([(gvm, optimizer, scheduler)], num_updates, data)
+    done, _ = run.start([(gvm, optimizer, scheduler)], num_updates, common.fingerprint(train_set))
     for update in range(done + 1, num_updates + 1):
         start = common.clock(device)
         # ---- 4 Update ------------------------------------------------------------------------------------------------
-        groups = common.shuffled_batch(len(train_set) // group, update, args.batch_size // group, args.seed)
-        rows = [group * i + side for i in groups for side in range(group)]
+        groups = common.shuffled_batch(len(train_set) // group_size, update, args.batch_size // group_size, args.seed)
+        rows = [group_size * i + side for i in groups for side in range(group_size)]
         num_values = sum(len(train_set[row].response_ids) + 1 for row in rows)  # of all ranks: the loss is per value
         mine = rows[rank * len(rows) // world_size : (rank + 1) * len(rows) // world_size]
         # The first updates (the second has the optimizer's states) are the widest: memory runs out now or never.
         widths = widest if update <= 2 else (0, 0)
-        td_losses = []
+        td_losses, key = [], f"{args.seed}/{update}"  # of the context's draws
         for i in range(0, len(mine), args.micro_batch_size):
             micro = [train_set[row] for row in mine[i : i + args.micro_batch_size]]
-            key = f"{args.seed}/{update}"
             batch = make_batch(gvm.config, micro, pools, key, tokenizer.pad_token_id, device, widths)
             labels = torch.tensor([answer.label for answer in micro], device=device)  # (micro,)
             values = gvm.token_values(**batch)  # (micro, R + 1)
             loss = td_loss(values, labels, batch["response_mask"], args.gamma, args.td_lambda)  # (micro,)
             td_losses.append(loss.detach())
             loss = loss.sum() / num_values
-            if group == 2 and args.label_source == "preference":
+            if group_size == 2 and args.label_source == "preference":
                 # DEVIATION: a pair says which answer is better, and +1 and -1 make two absolute verdicts of it, blurred
                 # by the strength of the other answer. This term takes the pair as it is, on the finished answers.
                 last_values = common.last_values(values, batch["response_mask"])  # (micro,)
@@ -332,7 +323,7 @@ def main(args: Args) -> None:
             "time/peak_mem_gb": common.peak_memory_gb(device),
         }
         if heldout_set and update in (num_updates // 4, num_updates // 2, num_updates):
-            statistics = heldout_statistics(gvm, heldout_set, tokenizer.pad_token_id, args.micro_batch_size, device)
+            statistics = heldout_statistics(gvm, heldout_set, tokenizer.pad_token_id, device, args)
             report = common.value_report(statistics, outcomes, pairs)
             metrics["gvm/explained_variance"] = report["explained_variance"]
             if len(pairs):

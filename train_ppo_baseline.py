@@ -65,7 +65,7 @@ class Args:
 
     # Training
     seed: int = 1
-    """seed of the RM's data order, prompts order, sampling and minibatches"""
+    """seed of the RM's data order, the order of prompts, sampling and minibatches"""
     num_updates: int = 300
     """updates, each one rollout and `num_epochs` passes over it"""
     learning_rate: float = 6e-4
@@ -181,7 +181,9 @@ class FusedLogprobs(torch.autograd.Function):
             if need_weight:
                 grad_weight[start : start + ctx.chunk_size] = project(residual.T, scaled.T)
             del residual
-        return None if grad_hidden is None else grad_hidden.mul_(g).to(hidden.dtype), grad_weight, None, None, None
+        if need_hidden:
+            grad_hidden = grad_hidden.mul_(g).to(hidden.dtype)
+        return grad_hidden, grad_weight, None, None, None
 
 
 # Copied from train_dvpo.project
@@ -310,7 +312,7 @@ def full_state_dict(model, dtype: torch.dtype) -> dict:
 # ---- Rollout ---------------------------------------------------------------------------------------------------------
 # Copied from train_dvpo.next_token_logits
 def next_token_logits(model, tokens, attention_mask, positions, cache):
-    """Logits `(B, V)` after the last of `tokens (B, t)` in fp32, as `fused_logprobs` has them, and the grown cache."""
+    """Logits `(B, V)` after the last of `tokens (B, t)` in fp32, as in `fused_logprobs`, and the grown cache."""
     outputs = model.base_model(
         tokens, attention_mask=attention_mask, position_ids=positions, use_cache=True, **{common.CACHE: cache}
     )
@@ -322,8 +324,8 @@ def next_token_logits(model, tokens, attention_mask, positions, cache):
 def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, temperature: float):
     """Sample answers from a sharded policy without any communication per token.
 
-    `prompt_ids`, `prompt_mask (B, P)` left-padded; `uniforms (B, R)` in [0, 1), one per token to sample, so what a
-    prompt is answered does not depend on the number of ranks; `end_ids (E,)` end an answer. Returns `response_ids` and
+    `prompt_ids`, `prompt_mask (B, P)` left-padded; `uniforms (B, R)` in [0, 1), one per token to sample, so that
+    an answer does not depend on the number of ranks; `end_ids (E,)` end an answer. Returns `response_ids` and
     `response_mask (B, R)`, the ending token inside the mask, `pad_id` after it.
     """
     B, R = uniforms.shape
@@ -361,24 +363,21 @@ def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, tem
 
 
 # ---- Reward model ----------------------------------------------------------------------------------------------------
-def tokenize_pairs(
-    tokenizer, examples, max_prompt_length: int, response_length: int, heldout: bool = False
-) -> list[common.Trajectory]:
+def tokenize_pairs(tokenizer, examples, args: Args, heldout: bool = False) -> list[common.Trajectory]:
     """Prompt and response tokens of both answers of each pair: chosen, rejected, chosen, ..."""
-    examples, prompts = common.fit_prompts(tokenizer, examples, max_prompt_length, heldout)
+    examples, prompts = common.fit_prompts(tokenizer, examples, args.max_prompt_length, heldout)
     texts = [text for example in examples for text in (example.chosen, example.rejected)]
-    responses = common.tokenize_answers(tokenizer, texts, response_length)
+    responses = common.tokenize_answers(tokenizer, texts, args.response_length)
     return [(prompts[i // 2], response) for i, response in enumerate(responses)]
 
 
 @torch.no_grad()
-def pair_accuracy(rm, answers: list[common.Trajectory], pad_id: int, micro_batch_size: int, device) -> float:
+def pair_accuracy(rm, answers: list[common.Trajectory], pad_id: int, device, args: Args) -> float:
     """Share of held-out pairs that the RM ranks rightly; ties count half. Ranks share the work."""
     mine = [answers[i] for i in common.rows_of_rank(len(answers))]
     scores = []
-    for i in range(0, len(mine), micro_batch_size):
-        prompts, responses = zip(*mine[i : i + micro_batch_size])
-        batch = common.pad_batch(prompts, responses, pad_id, device)
+    for i in range(0, len(mine), args.micro_batch_size):
+        batch = common.pad_batch(*zip(*mine[i : i + args.micro_batch_size]), pad_id, device)
         scores.append(common.last_values(rm.token_values(**batch), batch["response_mask"]))
     chosen, rejected = common.all_gather(torch.cat(scores))[: len(answers)].view(-1, 2).unbind(1)
     return common.wins(chosen, rejected).mean().item()
@@ -392,8 +391,8 @@ def train_reward_model(args: Args, policy_run, tokenizer, mesh, dtype: torch.dty
     common.check_divides(2, "--micro-batch-size", args.micro_batch_size)  # a pair is seen in one piece
     rank, world_size = dist.get_rank(), dist.get_world_size()
     examples, heldout = common.load_examples(args.dataset, needs="pairs")
-    train_set = tokenize_pairs(tokenizer, examples, args.max_prompt_length, args.response_length)
-    heldout_set = tokenize_pairs(tokenizer, heldout, args.max_prompt_length, args.response_length, heldout=True)
+    train_set = tokenize_pairs(tokenizer, examples, args)
+    heldout_set = tokenize_pairs(tokenizer, heldout, args, heldout=True)
     common.log(f"reward model: {len(train_set) // 2} pairs, {len(heldout_set) // 2} held out")
     rm = common.load_value_model(args.model_path, tokenizer, torch.float32, True, AutoModelForSequenceClassification)
     if args.gradient_checkpointing:
@@ -405,9 +404,8 @@ def train_reward_model(args: Args, policy_run, tokenizer, mesh, dtype: torch.dty
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup, num_updates)
 
     widest = max(len(prompt) for prompt, _ in train_set), max(len(response) for _, response in train_set)
-    data = common.fingerprint(train_set)
-    policy_run.take_folder()  # a policy that stands there is none of this reward model's
-    done, _ = run.start([(rm, optimizer, scheduler)], num_updates, data)
+    policy_run.take_folder()  # from now on unfinished: a policy that stands there was made with another reward model
+    done, _ = run.start([(rm, optimizer, scheduler)], num_updates, common.fingerprint(train_set))
     num_pairs = args.reward_batch_size // 2
     for update in range(done + 1, num_updates + 1):
         start = common.clock(device)
@@ -439,14 +437,11 @@ def train_reward_model(args: Args, policy_run, tokenizer, mesh, dtype: torch.dty
         }
         scheduler.step()
         if heldout_set and update in (num_updates // 4, num_updates // 2, num_updates):
-            metrics["rm/pair_accuracy"] = pair_accuracy(
-                rm, heldout_set, tokenizer.pad_token_id, args.micro_batch_size, device
-            )
+            metrics["rm/pair_accuracy"] = pair_accuracy(rm, heldout_set, tokenizer.pad_token_id, device, args)
         run.log(update, metrics, ("rm/loss", "rm/pair_accuracy", "optim/lr"))
         run.checkpoint(update)
     run.save(rm, full_state_dict(rm, dtype), tokenizer, "Reward model (Bradley-Terry)")
-    told = run.told_to_stop()
-    if told:
+    if told := run.told_to_stop():
         run.leave(told, "the reward model")
 
 
@@ -480,19 +475,19 @@ def main(args: Args) -> None:
     # ---- 2 Data ------------------------------------------------------------------------------------------------------
     tokenizer = common.load_tokenizer(args.model_path)
     examples, _ = common.load_examples(args.dataset, needs="prompts")
-    unique = list({str(example.prompt): example for example in examples}.values())
-    unique, all_prompts = common.fit_prompts(tokenizer, unique, args.max_prompt_length)
+    examples = list({str(example.prompt): example for example in examples}.values())  # each prompt once
+    examples, all_prompts = common.fit_prompts(tokenizer, examples, args.max_prompt_length)
     common.log(f"{len(all_prompts)} prompts, the first: {tokenizer.decode(all_prompts[0])!r}")
     end_ids = torch.tensor([common.end_of_turn_id(tokenizer), tokenizer.eos_token_id], device=device)
 
     # ---- 3 Models: two trained, two frozen ---------------------------------------------------------------------------
     reward_path = args.reward_path or args.reward_output_dir
     if args.reward_path is None:
-        resume = None if args.resume is None else ()
+        resume = None if args.resume is None else ()  # a PATH names one of the policy's checkpoints
         reward_args = replace(args, output_dir=reward_path, resume=resume)
         train_reward_model(reward_args, run, tokenizer, mesh, dtype, device)
         gc.collect()  # the model and its methods refer to each other: without it, its memory would stay taken
-    common.check_same_tokenizer(args.model_path, tokenizer, reward_path, common.load_tokenizer(reward_path))
+    common.check_same_tokenizer(args.model_path, tokenizer, reward_path)
     policy = common.load_policy(args.model_path, tokenizer, torch.float32).train()
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
@@ -525,15 +520,18 @@ def main(args: Args) -> None:
         drawn = common.shuffled_batch(len(all_prompts), update, B, args.seed)
         prompts = [all_prompts[i] for i in drawn]
         # The first update is padded to the widest batch there can be: if memory runs out, then now.
-        width, crop = (longest_prompt, lambda *batch: batch) if update == 1 else (0, common.crop)
-        padded = common.pad(prompts, tokenizer.pad_token_id, "left", width)
+        widest = update == 1
+        crop = (lambda *batch: batch) if widest else common.crop
+        padded = common.pad(prompts, tokenizer.pad_token_id, "left", longest_prompt if widest else 0)
         prompt_ids, prompt_mask = (x.to(device) for x in padded)  # (B, P)
         uniforms = torch.rand(B, args.response_length, generator=generator).to(device)
         rollouts = [generate(policy, prompt_ids[micro], prompt_mask[micro], uniforms[micro], end_ids,
                              tokenizer.pad_token_id, args.temperature)
                     for micro in mine.split(args.rollout_micro_batch_size or B)]  # fmt: skip
         response_ids, response_mask = (common.all_gather(torch.cat(x)) for x in zip(*rollouts))
-        longest = args.response_length if update == 1 else response_mask.sum(1).max()
+        lengths = response_mask.sum(1)  # (B,)
+        ended = torch.isin(response_ids.gather(1, lengths[:, None] - 1)[:, 0], end_ids)  # (B,) False where it was cut
+        longest = args.response_length if widest else lengths.max()
         response_ids, response_mask = response_ids[:, :longest], response_mask[:, :longest]  # (B, R)
         input_ids = torch.cat([prompt_ids, response_ids], 1)  # (B, P + R)
         attention_mask = torch.cat([prompt_mask, response_mask], 1)  # (B, P + R)
@@ -552,32 +550,26 @@ def main(args: Args) -> None:
                 ref_logprobs[micro, :r], _ = reference.token_logprobs(*batch, args.temperature)
                 values[micro, : r + 1] = critic.token_values(*batch)
                 scores[micro, 0] = common.last_values(rm.token_values(*batch), batch[2])
-        scored = torch.cat([logprobs, ref_logprobs, values, scores], 1)  # (B, 3 R + 2), zero in other ranks' rows
-        per_row, scored = scored[mine].sum(1), common.all_sum(scored)
+        scored = torch.cat([logprobs, ref_logprobs, values, scores], 1)[mine]  # (B / world_size, 3 R + 2)
+        per_row, scored = scored.sum(1), common.all_gather(scored)  # again all ranks hold all rows
         common.check_finite(update, "log-probs, values or scores are", scored, mine.tolist(), per_row)
         logprobs, ref_logprobs, values, scores = scored.split([R, R, R + 1, 1], 1)
         kl, scores = logprobs - ref_logprobs, scores[:, 0]  # (B, R) k1, zero outside the mask; (B,)
-        lengths = response_mask.sum(1)  # (B,)
-        ended = torch.isin(response_ids.gather(1, lengths[:, None] - 1)[:, 0], end_ids)  # (B,)
+        rewarded = scores - args.missing_eos_penalty * ~ended  # (B,)
         advantages, returns = ppo_advantages(
-            values,
-            scores - args.missing_eos_penalty * ~ended,
-            kl,
-            response_mask,
-            args.gamma,
-            args.gae_lambda,
-            carried.kl_coef,
+            values, rewarded, kl, response_mask, args.gamma, args.gae_lambda, carried.kl_coef
         )  # (B, R) both
         time_score = common.clock(device) - start
 
         # ---- 6 Update: PPO-clip on the policy, clipped value loss on the critic --------------------------------------
         start = common.clock(device)
         steps = []
+        # Epochs and minibatches are one loop, so that one `break` ends both.
         shuffled = [torch.randperm(B, generator=generator) for _ in range(args.num_epochs)]
         for minibatch in [rows for epoch in shuffled for rows in epoch.chunk(args.num_minibatches)]:
-            num_tokens = response_mask[minibatch].sum()  # of all ranks and micro-batches: their number does not matter
+            num_tokens = response_mask[minibatch].sum()  # of all ranks and micro-batches, so neither changes the loss
             rows, per_row = common.by_length(minibatch.chunk(world_size)[rank], attention_mask), []
-            sums = torch.zeros(8, device=device)
+            sums = 0  # over the tokens, in the order in which section 7 unpacks their means
             for micro in rows.split(args.micro_batch_size):
                 batch = crop(input_ids[micro], attention_mask[micro], response_mask[micro])
                 new_logprobs, entropy = policy.token_logprobs(*batch, args.temperature)  # (micro, r)
@@ -602,7 +594,7 @@ def main(args: Args) -> None:
             optimizer.zero_grad()
             critic_optimizer.step()
             critic_optimizer.zero_grad()
-            if args.max_approx_kl is not None and steps[-1][1] > args.max_approx_kl:
+            if args.max_approx_kl is not None and steps[-1][1] > args.max_approx_kl:  # [1]: approxkl
                 break
         lr = scheduler.get_last_lr()[0]
         scheduler.step()
@@ -651,7 +643,8 @@ def main(args: Args) -> None:
             "time/tokens_per_sec": lengths.sum().item() / seconds,
             "time/peak_mem_gb": common.peak_memory_gb(device),
         }
-        questions = [unique[i].prompt[-1]["content"] for i in drawn]
+        questions = [examples[i].prompt[-1]["content"] for i in drawn]
+        # Decoding is slow: all answers where they are scored, else those that may be shown.
         needed = zip(response_ids[: B if args.dataset == "toy" else 3], response_mask)
         texts = [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in needed]
         if args.dataset == "toy":

@@ -102,7 +102,8 @@ def main(args: Args) -> None:
     device = common.init_processes()
     examples = sum(common.load_examples(str(folder / "test.jsonl"), "pairs"), [])
     tokenizer = common.load_tokenizer(paths["sft"])
-    answers, _ = train_gvm.tokenize(tokenizer, examples, "preference", MAX_PROMPT, MAX_RESPONSE)
+    limits = train_gvm.Args(max_prompt_length=MAX_PROMPT, response_length=MAX_RESPONSE, micro_batch_size=16)
+    answers, _ = train_gvm.tokenize(tokenizer, examples, "preference", limits)
     kept, _ = common.fit_prompts(tokenizer, examples, MAX_PROMPT)
     lengths = torch.tensor([[len(e.chosen), len(e.rejected)] for e in kept])
     asked = [e.prompt[-1]["content"] for e in kept]
@@ -112,7 +113,7 @@ def main(args: Args) -> None:
     for name in ("gvm", "gvm_tau"):
         model = common.load_value_model(paths[name], tokenizer, torch.float32, fresh_head=False).eval()
         model.token_values = types.MethodType(train_gvm.token_values, model)
-        statistics = train_gvm.heldout_statistics(model, answers, tokenizer.pad_token_id, 16, device)
+        statistics = train_gvm.heldout_statistics(model, answers, tokenizer.pad_token_id, device, limits)
         for statistic in ("last", "mean"):
             values = statistics[statistic].view(-1, 2)
             rules[f"{name}, {statistic} value"] = (values[:, 0] > values[:, 1]).float()
