@@ -29,7 +29,10 @@ def test_interquartile_mean(values, mean):
 
 def test_paired_differences():
     """Differences 1, 2, 3: mean 2, standard deviation 1, and t = 4.303 at two degrees of freedom."""
-    assert study_report.paired([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == "4.000 - 2.000 = +2.000 ± 2.484, 3 seeds"
+    assert study_report.paired([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == "+2.000 ± 2.484 (3)"
+
+    assert study_report.paired([3.0, 4.0, 5.0], [1.0, 2.0, 3.1]) == "**+1.967 ± 0.143** (3)"  # 0 is outside
+    assert study_report.paired([1.0], [0.0]) == "-"
 
 
 def test_gold_at_equal_kl():
@@ -39,7 +42,7 @@ def test_gold_at_equal_kl():
     assert study_report.interpolate(curve, 5.0) is None  # between runs too far apart
     ours = {1: curve, 2: [(1.0, 0.6), (2.0, 0.8)], 3: curve}
     theirs = {1: [(1.0, 0.4), (2.0, 0.6)], 2: [(1.0, 0.4), (2.0, 0.6)]}  # no third seed: it is left out
-    assert study_report.at_equal_kl(ours, theirs, 1.5) == "0.650 - 0.500 = +0.150 ± 0.635, 2 seeds"
+    assert study_report.at_equal_kl(ours, theirs, 1.5) == "+0.150 ± 0.635 (2)"
     assert study_report.at_equal_kl(ours, theirs, 5.0) == "-"
 
 

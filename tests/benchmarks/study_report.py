@@ -6,12 +6,14 @@
 Out: `report.md` and three plots in `--output-dir`.
 
 A point is the interquartile mean over seeds with its 95 % bootstrap interval over seeds, as arXiv:2108.13264 asks; with
-so few seeds such an interval is too short (at 5 seeds it covers the truth nine times in ten). Differences between
-methods are taken seed by seed, with a t-interval. Runs that are missing are left out: see the number of seeds.
+so few seeds such an interval is too short (at 5 seeds it covers the truth nine times in ten). A difference is the mean
+over seeds of differences seed by seed, with half of its 95 % t-interval and the number of seeds in brackets; bold where
+the interval leaves out 0. Runs that are missing are left out: see the number of seeds.
 """
 
 import contextlib
 import json
+import math
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ FOLDER = Path(__file__).parent / "results"
 # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom; the last one serves for all above.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
                2.120, 2.110, 2.101, 2.093)  # fmt: skip
-CHOSEN_ON = (1, 2, 3)  # the seeds on which centring was chosen
+SEEN = (1, 2, 3, 4, 5)  # seeds on which DVPO was found behind PPO (all five) and centring chosen (the first three)
 FAR_APART = 2.5  # nats between neighbouring coefficients beyond which nothing is interpolated
 COLORS = {"dvpo": "#c0392b", "uncentered": "#e59866", "ppo": "#2471a3", "equal_time": "#7fb3d5",
           "equal_time_fast": "#a9cce3", "grpo": "#229954", "dpo": "#7d3c98", "sft": "#555555"}  # fmt: skip
@@ -66,10 +68,13 @@ def show(values: list[float]) -> str:
 
 
 def paired(ours: list[float], theirs: list[float]) -> str:
-    """Both means, and the mean difference with half of its 95 % t-interval, seed by seed."""
-    x, y = torch.tensor(ours, dtype=torch.float64), torch.tensor(theirs, dtype=torch.float64)
-    half = T_QUANTILES[min(len(x), len(T_QUANTILES) + 1) - 2] * (x - y).std().item() / len(x) ** 0.5
-    return f"{x.mean():.3f} - {y.mean():.3f} = {(x - y).mean():+.3f} ± {half:.3f}, {len(x)} seeds"
+    """The mean difference, seed by seed, with half of its 95 % t-interval, and the number of seeds."""
+    if len(ours) < 2:
+        return "-"
+    x = torch.tensor(ours, dtype=torch.float64) - torch.tensor(theirs, dtype=torch.float64)
+    half = T_QUANTILES[min(len(x), len(T_QUANTILES) + 1) - 2] * x.std().item() / len(x) ** 0.5
+    mark = "**" if abs(x.mean()) > half else ""
+    return f"{mark}{x.mean():+.3f} ± {half:.3f}{mark} ({len(x)})"
 
 
 def group(rows: list[dict], *experiments: str) -> dict[tuple[str, str], list[dict]]:
@@ -113,7 +118,10 @@ def frontier(rows: list[dict], folder: Path, plt) -> None:
         kl = [interval([row["policy"]["kl"] for row in members])[0] for members in settings]
         gold = torch.tensor([interval([row["policy"]["gold"]["mean"] for row in members]) for members in settings])
         bars = torch.stack([gold[:, 0] - gold[:, 1], gold[:, 2] - gold[:, 0]]).clamp(min=0)
-        axis.errorbar(kl, gold[:, 0], bars, marker="o", color=COLORS[method], label=NAMES[method], capsize=3, lw=1.5)
+        axis.errorbar(kl, gold[:, 0], bars, fmt="o", color=COLORS[method], label=NAMES[method], capsize=3)
+        for i in range(len(kl) - 1):  # as at equal KL: not between runs too far apart, or with another set of seeds
+            if abs(kl[i + 1] - kl[i]) < FAR_APART and len(settings[i]) == len(settings[i + 1]):
+                axis.plot(kl[i : i + 2], gold[i : i + 2, 0], color=COLORS[method], lw=1.5)
     table("method | coefficient | seeds | gold | worst seed | KL | tokens", lines)
     axis.set(
         xlabel="KL to the SFT policy, nats per answer", ylabel="gold score (optimum 1)", xlim=(-0.2, 8), ylim=(0.45, 1)
@@ -125,12 +133,12 @@ def frontier(rows: list[dict], folder: Path, plt) -> None:
     print("\n## Gold at equal KL, seed by seed (linear between neighbouring coefficients)")
     curves = {method: by_seed(row for members in settings for row in members) for method, settings in points.items()}
     dvpo, uncentered = curves.get("dvpo", {}), curves.get("uncentered", {})
-    fresh = {seed: curve for seed, curve in dvpo.items() if seed not in CHOSEN_ON}
+    fresh = {seed: curve for seed, curve in dvpo.items() if seed not in SEEN}
     pairs = [(dvpo, "ppo"), (fresh, "ppo"), (uncentered, "ppo"), (dvpo, "equal_time"), (dvpo, "equal_time_fast"),
              (dvpo, "grpo")]  # fmt: skip
     lines = [[f"{kl:g}", *(at_equal_kl(ours, curves.get(other, {}), kl) for ours, other in pairs)]
              for kl in (0.95, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0)]  # fmt: skip
-    table("KL | DVPO - PPO | the same, seeds that centring was not chosen on | gae_uncentered - PPO | "
+    table("KL | DVPO - PPO | the same, seeds that centring was not seen to be needed on | gae_uncentered - PPO | "
           f"DVPO - {NAMES['equal_time']} | DVPO - {NAMES['equal_time_fast']} | DVPO - GRPO (TRL)",
           lines)  # fmt: skip
 
@@ -145,11 +153,20 @@ def frontier(rows: list[dict], folder: Path, plt) -> None:
 
 
 def by_seed(rows) -> dict[int, list[tuple[float, float]]]:
-    """(KL, gold) of the runs of each seed, in the order of their coefficients."""
+    """(KL, gold) of the runs of each seed, in the order of their coefficients, SFT first."""
     curves = defaultdict(list)
-    for row in sorted(rows, key=lambda row: -(row["coef"] or 0)):
+    for row in sorted(rows, key=lambda row: -(row["coef"] or math.inf)):
         curves[row["seed"]].append((row["policy"]["kl"], row["policy"]["gold"]["mean"]))
     return curves
+
+
+def less_frontier(rows: list[dict], members: list[dict]) -> str:
+    """Gold of runs less that of their method's default settings at the same KL and seed; at KL 0 stands SFT."""
+    method = members[0]["method"]
+    curves = by_seed(row for row in rows if row["method"] in ("sft", method)
+                     and row["experiment"] in ("base", "frontier"))  # fmt: skip
+    pairs = [(row["policy"]["gold"]["mean"], interpolate(curves[row["seed"]], row["policy"]["kl"])) for row in members]
+    return paired(*zip(*pairs)) if None not in (gold for pair in pairs for gold in pair) else "-"
 
 
 def at_equal_kl(curves: dict, others: dict, kl: float) -> str:
@@ -170,55 +187,56 @@ def interpolate(curve: list[tuple[float, float]], kl: float) -> float | None:
 
 # ---- Curves, critics, ablations --------------------------------------------------------------------------------------
 def learning_curves(rows: list[dict], folder: Path, plt) -> None:
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    for (method, _), members in group(rows, "base").items():
-        if "curve" not in members[0]:
-            continue
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    groups = {method: members for (method, _), members in group(rows, "base").items() if "curve" in members[0]}
+    for method, members in groups.items():
         steps = members[0]["curve"]["step"]
-        for axis, key in zip(axes, ("objective/gold", "objective/kl", "val/response_length")):
+        for axis, key in zip(axes, ("objective/gold", "objective/kl")):
             band = torch.tensor([interval([row["curve"][key][i] for row in members]) for i in range(len(steps))])
             axis.plot(steps, band[:, 0], color=COLORS[method], label=NAMES[method])
             axis.fill_between(steps, band[:, 1], band[:, 2], color=COLORS[method], alpha=0.2)
-    for axis, label in zip(axes, ("gold score of the rollouts", "KL to SFT, nats per answer", "tokens per answer")):
+    for axis, label in zip(axes, ("gold score of the rollouts", "KL to SFT, nats per answer")):
         axis.set(xlabel="update", ylabel=label)
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.savefig(folder / "learning_curves.svg", bbox_inches="tight", metadata={"Date": None})
+    dvpo, ppo = ({row["seed"]: row["curve"] for row in groups.get(method, [])} for method in ("dvpo", "ppo"))
+    both = sorted(dvpo.keys() & ppo.keys())
+    if len(both) > 1:
+        print("\n## Who learns faster? DVPO less PPO at the default settings, over fifteen updates of the rollouts")
+        less = lambda key, i: paired(*([curves[seed][key][i] for seed in both] for curves in (dvpo, ppo)))
+        lines = [[f"to {dvpo[both[0]]['step'][i]}", less("objective/gold", i), less("objective/kl", i)]
+                 for i in (1, 3, 4, 7, 12, 19)]  # fmt: skip
+        table("updates | gold | KL", lines)
 
 
 def critics(rows: list[dict], folder: Path, plt) -> None:
-    measured = [row for row in rows if "critic" in row and "target_std" in row["critic"][0]["by_fraction"]["0"]]
-    groups = {method: members for (method, _), members in group(measured, "base", "rerun").items()}
+    groups = {method: rows for (method, _), rows in group(rows, "base").items() if "critic" in rows[0]}
     targets = {"dvpo": "GVM against E[label given gold]", "ppo": "PPO's critic against score and KL to come"}
     print("\n## Is the critic right? Fresh answers, judged before any training on them, by tenth of the run")
-    print("\nEach critic against its own target. Errors are in standard deviations that the target had in the first "
-          "tenth of the run; correlations with gold compare across critics.")  # fmt: skip
+    print("\nEach critic against its own target, with half of the answer seen and before its last token. Error and "
+          "bias are in standard deviations of the target in that tenth, which shrink as answers get better; the share "
+          "of variance explained leaves out the bias; the correlation is with gold.")  # fmt: skip
     lines = []
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    plots = (("error", "0.5", "error, half seen"), ("bias", "0.5", "bias, half seen"),
-             ("gold_correlation", "1", "correlation with gold, before the last token"))  # fmt: skip
+    columns = [(key, fraction) for fraction in ("0.5", "1")
+               for key in ("error", "bias", "explained_variance", "gold_correlation")]  # fmt: skip
+    plots = {("bias", "0.5"): "bias, half seen", ("explained_variance", "0.5"): "variance explained, half seen",
+             ("gold_correlation", "1"): "correlation with gold, before the last token"}  # fmt: skip
     for method, members in groups.items():
         steps = [window["first_update"] for window in members[0]["critic"]]
-
-        def at(i, fraction, key, members=members):
-            windows = [(row["critic"][i]["by_fraction"][fraction], row["critic"][0]["by_fraction"][fraction])
-                       for row in members]  # fmt: skip
-            scaled = key in ("error", "bias")  # in the unit of their own tenth, which shrinks as answers get better
-            return [now[key] * (now["target_std"] / first["target_std"] if scaled else 1) for now, first in windows]
-
+        at = lambda i, key, f, members=members: [row["critic"][i]["by_fraction"][f][key] for row in members]
         for i in (0, 1, 4, 9):
-            cells = [show(at(i, "0.5", key)) for key in ("error", "bias", "gold_correlation")]
-            lines.append([targets[method], f"from {steps[i]}", *cells, show(at(i, "1", "gold_correlation"))])
-        for axis, (key, fraction, title) in zip(axes, plots):
-            band = torch.tensor([interval(at(i, fraction, key)) for i in range(len(steps))])
+            cells = [show(at(i, *column)) for column in columns]
+            lines.append([targets[method], str(len(members)), f"from {steps[i]}", *cells])
+        for axis, (column, title) in zip(axes, plots.items()):
+            band = torch.tensor([interval(at(i, *column)) for i in range(len(steps))])
             axis.plot(steps, band[:, 0], color=COLORS[method], label=NAMES[method])
             axis.fill_between(steps, band[:, 1], band[:, 2], color=COLORS[method], alpha=0.2)
             axis.set(xlabel="update", ylabel=title)
             axis.grid(alpha=0.3)
-    table(
-        "critic | updates | error, half seen | bias, half seen | correlation, half seen | … before the last token",
-        lines,
-    )
+    table("critic | seeds | updates | half seen: error | bias | variance explained | correlation | "
+          "last token: error | bias | variance explained | correlation", lines)  # fmt: skip
     if groups:
         axes[0].legend()
     figure.savefig(folder / "critics.svg", bbox_inches="tight", metadata={"Date": None})
@@ -273,9 +291,10 @@ def value_models(rows: list[dict]) -> None:
         if setting != "default" and len(members) > 1:
             last = lambda row: row["gvm"]["pair_accuracy"]["last"]
             gold = lambda row: row["policy"]["gold"]["mean"]
-            lines.append([setting, paired([last(reference[row["seed"]]) for row in members], list(map(last, members))),
-                          paired([gold(seeds[row["seed"]]) for row in members], list(map(gold, members)))])  # fmt: skip
-    table("the default less | pair accuracy | gold (at different KL)", lines)
+            lines.append([setting, paired(list(map(last, members)), [last(reference[row["seed"]]) for row in members]),
+                          paired(list(map(gold, members)), [gold(seeds[row["seed"]]) for row in members]),
+                          less_frontier(rows, members)])  # fmt: skip
+    table("less the default | pair accuracy | gold | gold at equal KL", lines)
     if rm:
         print(f"\nReward model (Bradley-Terry), pair accuracy: {show(list(rm.values()))}, {len(rm)} seeds")
     both = sorted(rm.keys() & reference.keys())
@@ -328,33 +347,24 @@ def simple(rows: list[dict], title: str, *experiments: str) -> None:
     groups = group(rows, *experiments)
     if groups:
         print(f"\n## {title}")
-        lines = [[NAMES[m], setting, *policy_cells(members)] for (m, setting), members in groups.items()
-                 if "policy" in members[0]]  # fmt: skip
-        table("method | setting | seeds | gold | worst seed | KL | tokens", lines)
-
-
-def variants(rows: list[dict]) -> None:
-    """PPO with what DVPO was given, less PPO as it is at the same coefficient and seed."""
-    runs = {(row["coef"], row["seed"]): row for row in rows
-            if row["method"] == "ppo" and row["experiment"] in ("base", "frontier")}  # fmt: skip
-    lines = []
-    for (_, setting), members in group(rows, "ppo_variants").items():
-        both = [(row, runs[row["coef"], row["seed"]]) for row in members if (row["coef"], row["seed"]) in runs]
-        measures = (lambda row: row["policy"]["gold"]["mean"], lambda row: row["policy"]["kl"])
-        if len(both) > 1:
-            lines.append([setting, *(paired(*zip(*((of(row), of(plain)) for row, plain in both))) for of in measures)])
-    if lines:
-        print("\n## PPO with what DVPO was given, less PPO as it is, seed by seed")
-        table("variant | gold | KL", lines)
+        lines = [[NAMES[m], setting, *policy_cells(members), less_frontier(rows, members)]
+                 for (m, setting), members in groups.items() if "policy" in members[0]]  # fmt: skip
+        table("method | setting | seeds | gold | worst seed | KL | tokens | gold less the default's at equal KL", lines)
 
 
 def reruns(rows: list[dict]) -> None:
     """The default settings and the same seeds on another CPU, whose last bits differ: how far do results move?"""
     first = {(row["method"], row["seed"]): row for row in rows if row["key"].startswith("base/")}
-    measure = lambda row: row["gvm"]["pair_accuracy"]["last"] if "gvm" in row else row["policy"]["gold"]["mean"]
-    lines = [[f"{row['method']}, {'pair accuracy' if 'gvm' in row else 'gold'}", str(row["seed"]),
-              f"{measure(first[row['method'], row['seed']]):.3f}", f"{measure(row):.3f}"]
-             for row in rows if row["experiment"] == "rerun"]  # fmt: skip
+    measures = {"GVM, pair accuracy": lambda row: row["gvm"]["pair_accuracy"]["last"],
+                "reward model, pair accuracy": lambda row: row["rm_pair_accuracy"],
+                "gold": lambda row: row["policy"]["gold"]["mean"]}  # fmt: skip
+    lines = []
+    for row in rows:
+        for what, measure in measures.items() if row["experiment"] == "rerun" else ():
+            with contextlib.suppress(KeyError):  # not every run has every measure
+                before, again = measure(first[row["method"], row["seed"]]), measure(row)
+                what = f"{NAMES[row['method']]}, gold" if what == "gold" else what
+                lines.append([what, str(row["seed"]), f"{before:.3f}", f"{again:.3f}"])
     if lines:
         print("\n## The defaults again, on another CPU")
         table("what | seed | first | again", lines)
@@ -383,7 +393,6 @@ def write_report(rows: list[dict], folder: Path, plt) -> None:
         tuning = row["seed"] == TUNING_SEED and row["experiment"] == "base"
         row["experiment"] = "tuning" if tuning else row["experiment"]
     print(f"{len(rows)} runs; interquartile means over seeds with 95 % bootstrap intervals")
-    simple(rows, "Same start, same number of updates, default settings", "base")
     frontier(rows, folder, plt)
     learning_curves(rows, folder, plt)
     critics(rows, folder, plt)
@@ -392,7 +401,7 @@ def write_report(rows: list[dict], folder: Path, plt) -> None:
     at_default = [row for row in rows if row["experiment"] != "uncentered" or row["coef"] == DEFAULT["dvpo"]]
     simple(at_default, "Advantage estimator", "uncentered", "advantage")
     simple(rows, "Stability: learning rates", "stability")
-    variants(rows)
+    simple(rows, "PPO with what DVPO was given", "ppo_variants")
     simple(rows, "DPO with one pass instead of three", "dpo_one_pass")
     exploited(rows)
     simple(rows, "Without a KL penalty", "unreliable")
