@@ -87,7 +87,7 @@ def measure(method: str, args: Args) -> dict:
         auto_class or transformers.AutoModelForTokenClassification, dtype
     )
     common.fingerprint = lambda *arguments: "no files to read"
-    common.Run.save = lambda *arguments: None
+    common.Run.save = common.Run.save_checkpoint = lambda *arguments: None
 
     # What is alive when an optimizer has stepped and gradients are still there.
     state_bytes, counting, adamw_step = 0, True, torch.optim.AdamW.step
@@ -123,6 +123,7 @@ def measure(method: str, args: Args) -> dict:
         prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
         script = {"dvpo": "train_dvpo", "ppo": "train_ppo_baseline"}[method]
         module = __import__(script)
+        module.full_state_dict = lambda *arguments: None
         own = {"ppo": {"critic_learning_rate": 0.0, "reward_path": "random"}}.get(method, {})
         module.main(
             module.Args(
