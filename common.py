@@ -153,6 +153,8 @@ def init_processes() -> torch.device:
         count = torch.cuda.device_count()
         check(device.index < count, f"--nproc_per_node: process {device.index + 1}, but only {count} GPUs")
         torch.cuda.set_device(device)
+        # The first choice on an H100, and under a padding mask its gradients can be NaN (pytorch/pytorch#196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
     dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     return device
 
