@@ -196,13 +196,15 @@ def project(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 # Copied from train_dvpo.fused_logprobs
-def fused_logprobs(hidden, weight, labels, temperature: float = 1.0, chunk_size: int = 1024):
+def fused_logprobs(hidden, weight, labels, temperature: float = 1.0, chunk_size: int | None = None):
     """`log softmax(hidden @ weight.T / temperature)` at `labels`, and the entropy, never holding `(N, V)` logits.
 
     `hidden (N, H)`, `weight (V, H)`, `labels (N,)`; returns `(logprobs, entropy)`, `(N,)` each in at least fp32.
     Log-probs are differentiable in `hidden` and `weight`; the entropy is for logging and is not. Extra memory: some
     N x max(`chunk_size`, H) floats. The softmax is summed slice by slice as in arXiv:1805.02867.
     """
+    # Small slices stay in a CPU's cache; on a GPU they would take longer to launch than to compute.
+    chunk_size = chunk_size or (4096 if hidden.is_cuda else 1024)
     return FusedLogprobs.apply(hidden, weight, labels, temperature, chunk_size)
 
 

@@ -17,7 +17,7 @@ TINY = ("--rollout-batch-size", 16, "--micro-batch-size", 4, "--checkpoint-every
 def test_bf16_products_are_fp32():
     hidden, weight, labels, upstream = inputs(N=300, H=64, V=512)
     hidden, weight = (x.detach().cuda().bfloat16().requires_grad_() for x in (hidden, weight))
-    logprobs, _ = train_dvpo.fused_logprobs(hidden, weight, labels.cuda())
+    logprobs, _ = train_dvpo.fused_logprobs(hidden, weight, labels.cuda(), chunk_size=100)
     plain, _ = naive(hidden.double(), weight.double(), labels.cuda(), 1.0)
     torch.testing.assert_close(logprobs.double(), plain, rtol=1e-4, atol=1e-4)
     upstream = upstream.cuda()
@@ -53,8 +53,9 @@ def test_every_script_runs_in_bf16(tmp_path, tiny_model):
     run(*gvm, "--num-epochs", 1, "--output-dir", at("gvm"))
     dvpo = ("train_dvpo.py", "--model-path", tiny_model, "--gvm-path", at("gvm"), *TINY, "--num-updates", 4)
     run(*dvpo, "--output-dir", at("dvpo"))
-    run("train_ppo_baseline.py", "--model-path", tiny_model, *TINY, "--num-updates", 2, "--reward-num-epochs", 1,
-        "--reward-batch-size", 1024, "--output-dir", at("ppo"), "--reward-output-dir", at("rm"))  # fmt: skip
+    run("train_ppo_baseline.py", "--model-path", tiny_model, *TINY, "--num-updates", 2, "--micro-batch-size", 64,
+        "--reward-num-epochs", 1, "--reward-batch-size", 1024, "--output-dir", at("ppo"),
+        "--reward-output-dir", at("rm"))  # fmt: skip
     run("evaluate.py", f"sft={tiny_model}", f"dvpo={at('dvpo')}", "--reference-path", tiny_model, "--gvm-path",
         at("gvm"), "--num-prompts", 8, "--output-dir", at("eval"))  # fmt: skip
     for name in ("sft", "gvm", "dvpo", "ppo", "rm"):
