@@ -764,6 +764,8 @@ def load_tokenizer(path: str):
     """The tokenizer of a local folder or hub id, with a chat template and a pad token."""
     check(path != "toy", "toy: an untrained model, for sft.py alone; name the folder of a trained one")
     tokenizer = load_pretrained(transformers.AutoTokenizer, path)
+    foreign = type(tokenizer).__name__ == "MistralCommonBackend"  # knows no chat templates, and takes all of Mistral's
+    check(not foreign, f"{path}: the package mistral-common has taken over its tokenizer: uninstall it")
     check(tokenizer.eos_token_id is not None, f"{path}: the tokenizer has no end-of-sequence token")
     if tokenizer.chat_template is None:
         log(f"{path}: no chat template; using '### User: ... ### Assistant: ...', saved with the trained model")

@@ -374,6 +374,20 @@ def test_a_policy_is_no_reward_model(fails, tiny_model):
     )
 
 
+def test_a_reward_model_without_a_name(fails, tiny_model):
+    fails(train_ppo_baseline, "cannot load", model_path=tiny_model, reward_path="")
+
+
+def test_a_tokenizer_without_chat_templates(fails, tiny_model, monkeypatch):
+    """What transformers makes of a Mistral model where the package mistral-common is installed."""
+
+    class MistralCommonBackend:
+        from_pretrained = classmethod(lambda cls, *_, **__: cls())
+
+    monkeypatch.setattr(common.transformers, "AutoTokenizer", MistralCommonBackend)
+    fails(sft, "mistral-common has taken over", model_path=tiny_model)
+
+
 def test_a_head_of_the_wrong_width(fails, tiny_model, tmp_path):
     from transformers import AutoModelForTokenClassification
 
