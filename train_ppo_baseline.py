@@ -483,7 +483,7 @@ def main(args: Args) -> None:
     end_ids = torch.tensor([common.end_of_turn_id(tokenizer), tokenizer.eos_token_id], device=device)
 
     # ---- 3 Models: two trained, two frozen ---------------------------------------------------------------------------
-    reward_path = args.reward_path or args.reward_output_dir
+    reward_path = args.reward_output_dir if args.reward_path is None else args.reward_path
     if args.reward_path is None:
         resume = None if args.resume is None else ()  # a PATH names one of the policy's checkpoints
         reward_args = replace(args, output_dir=reward_path, resume=resume)
