@@ -336,7 +336,7 @@ def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, tem
         model.train(was_training)
         for unit in units:  # left gathered across an optimizer step, the next forward would use stale weights
             unit.reshard()
-            unit.set_reshard_after_forward(unit is not model, recurse=False)  # FSDP2's default: all but the root
+            unit.set_reshard_after_forward(unit is not model or not was_training, recurse=False)  # as `shard` does
     return response_ids, response_mask
 
 

@@ -426,6 +426,14 @@ def test_other_settings_are_refused_with_the_differences(stopped):
         train("train_dvpo", flags, resume=(), seed=2, kl_coef=0.3)
 
 
+@pytest.mark.parametrize("text", ["", "[]"])
+def test_settings_that_cannot_be_read(text, stopped):
+    flags, folder = stopped
+    (folder / "args.json").write_text(text)
+    with pytest.raises(common.UserError, match="args.json: cannot be read"):
+        train("train_dvpo", flags, resume=())
+
+
 def test_other_data_are_refused(stopped, pairs, tmp_path):
     flags, _ = stopped
     before = open(pairs).read()
