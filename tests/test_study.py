@@ -67,8 +67,8 @@ def test_the_report_is_that_of_the_rows(tmp_path):
 def test_rows_can_be_made_again():
     """A committed run of our own trainers that bears the name of one of the study's had the same flags."""
     flags = lambda stages: {name: x for name, x in stages[-1][1].items() if not name.endswith(("_path", "output_dir"))}
-    wanted = {cell.key: flags(cell.stages) for experiment in (*study.STUDY, *study.MORE) for seed in range(1, 8)
-              for cell in study.cells(experiment, seed)}  # fmt: skip
+    wanted = {cell.key: flags(cell.stages) for experiment in (*study.STUDY, *study.MORE)
+              for seed in (*range(1, 9), study.TUNING_SEED) for cell in study.cells(experiment, seed)}  # fmt: skip
     rows = map(json.loads, (BENCHMARKS / "results" / "study.jsonl").read_text().splitlines())
     made = {row["key"]: flags(row["stages"]) for row in rows
             if row["key"] in wanted and row["method"] in ("dvpo", "ppo") and "stages" in row}  # fmt: skip

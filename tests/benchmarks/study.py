@@ -82,10 +82,11 @@ PPO_VARIANTS = {  # what DVPO was given or had tried, given to PPO
     "centered, kl_coef=0.05": {"centered": True, "kl_coef": 0.05},
     "centered, kl_coef=0.025": {"centered": True, "kl_coef": 0.025},
     "gae_lambda=1": {"gae_lambda": 1.0},
+    "twice the passes": {"reward_path": None, "reward_output_dir": "rm-twice_the_passes", "reward_num_epochs": 6},
 }
 
 TUNING_SEED = 100  # of runs that only choose settings
-TUNING = {  # all that was tried; the defaults are the best of it
+TUNING = {  # all that was tried; the defaults are the best of it, as far as one seed can tell
     "dvpo": (
         {"learning_rate": 1e-4},
         {"learning_rate": 3e-4},
@@ -107,6 +108,7 @@ TUNING = {  # all that was tried; the defaults are the best of it
         {"learning_rate": 3e-4, "critic_learning_rate": 3e-4},
         {"learning_rate": 6e-4, "critic_learning_rate": 3e-4},
         {"learning_rate": 6e-4, "critic_learning_rate": 1e-4},
+        {"learning_rate": 6e-4, "critic_learning_rate": 3e-4, "value_clip_coef": 5.0},
     ),
     "grpo": (
         {"learning_rate": 1e-4},
@@ -116,6 +118,7 @@ TUNING = {  # all that was tried; the defaults are the best of it
         {"learning_rate": 6e-4, "num_generations": 16},
         # and where it is compared with DVPO
         *({"learning_rate": 6e-4, "beta": beta, "num_generations": n} for beta in (0.16, 0.32) for n in (8, 16)),
+        {"learning_rate": 1.2e-3, "beta": 0.16},
     ),
     "dpo": (
         *({"learning_rate": rate, "beta": 0.1, "num_epochs": 1} for rate in (3e-5, 1e-4, 3e-4, 1e-3)),
@@ -123,6 +126,7 @@ TUNING = {  # all that was tried; the defaults are the best of it
         *({"learning_rate": rate, "beta": beta, "num_epochs": 1} for rate in (1e-4, 3e-4) for beta in (0.3, 1.0)),
         # and where it is compared with DVPO
         *({"learning_rate": 3e-4, "beta": beta, "num_epochs": 3} for beta in (1.0, 2.0)),
+        *({"learning_rate": rate, "beta": 1.0, "num_epochs": 3} for rate in (1e-4, 1e-3)),
     ),
 }
 
@@ -343,8 +347,8 @@ def run_cell(cell: Cell, folder: str) -> dict:
     row = {"key": cell.key, "experiment": cell.experiment, "method": cell.method, "setting": cell.setting,
            "seed": cell.seed, "coef": cell.coef, "stages": cell.stages, "seconds": {}}  # fmt: skip
     for script, flags in cell.stages:
-        if "reward_path" in flags and Path("rm/model.safetensors").exists():
-            flags["reward_path"] = "rm"
+        if Path(flags.get("reward_output_dir", ""), "model.safetensors").exists():
+            flags["reward_path"] = flags["reward_output_dir"]
         module, flags = importlib.import_module(script), {"model_path": "sft", "seed": cell.seed, **flags}
         centered, took = flags.pop("centered", False), Path(f"{flags['output_dir']}-seconds.txt")
         if script in ("sft", "train_gvm") and took.exists() and stands(module, flags):
@@ -380,8 +384,8 @@ def run_cell(cell: Cell, folder: str) -> dict:
         row["policy"] = results["policies"]["policy"]
     if cell.gvm:
         row["gvm"] = results["gvm"]
-    rm_metrics = Path("rm/metrics.jsonl")
-    if cell.method == "ppo" and cell.experiment == "base":
+    rm_metrics = Path(cell.stages[-1][1].get("reward_output_dir", ""), "metrics.jsonl")
+    if rm_metrics.exists():
         row["rm_pair_accuracy"] = json.loads(rm_metrics.read_text().splitlines()[-1])["rm/pair_accuracy"]
     if cell.policy and cell.policy != "sft":
         shutil.rmtree(cell.policy)

@@ -135,11 +135,11 @@ def frontier(rows: list[dict], folder: Path, plt) -> None:
     dvpo, uncentered = curves.get("dvpo", {}), curves.get("uncentered", {})
     fresh = {seed: curve for seed, curve in dvpo.items() if seed not in SEEN}
     pairs = [(dvpo, "ppo"), (fresh, "ppo"), (uncentered, "ppo"), (dvpo, "equal_time"), (dvpo, "equal_time_fast"),
-             (dvpo, "grpo")]  # fmt: skip
+             (dvpo, "grpo"), (dvpo, "dpo")]  # fmt: skip
     lines = [[f"{kl:g}", *(at_equal_kl(ours, curves.get(other, {}), kl) for ours, other in pairs)]
              for kl in (0.95, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0)]  # fmt: skip
     table("KL | DVPO - PPO | the same, seeds that centring was not seen to be needed on | gae_uncentered - PPO | "
-          f"DVPO - {NAMES['equal_time']} | DVPO - {NAMES['equal_time_fast']} | DVPO - GRPO (TRL)",
+          f"DVPO - {NAMES['equal_time']} | DVPO - {NAMES['equal_time_fast']} | DVPO - GRPO (TRL) | DVPO - DPO (TRL)",
           lines)  # fmt: skip
 
     print("\n## What centring adds to the gold score, per KL coefficient and seed")
@@ -161,7 +161,10 @@ def by_seed(rows) -> dict[int, list[tuple[float, float]]]:
 
 
 def less_frontier(rows: list[dict], members: list[dict]) -> str:
-    """Gold of runs less that of their method's default settings at the same KL and seed; at KL 0 stands SFT."""
+    """Gold of runs less that of their method's default settings at the same KL and seed.
+
+    Left of the smallest KL there it is less the straight line from SFT, which lies below the curve.
+    """
     method = members[0]["method"]
     curves = by_seed(row for row in rows if row["method"] in ("sft", method)
                      and row["experiment"] in ("base", "frontier"))  # fmt: skip
@@ -245,6 +248,30 @@ def critics(rows: list[dict], folder: Path, plt) -> None:
         first, last = show([d[0] for d in drifting]), show([d[-1] for d in drifting])
         print("\nDrift of PPO's critic, RMS distance from the rollout's values over an update, in its first and last "
               f"twentieth of the run: {first}, {last}. A frozen GVM has none.")  # fmt: skip
+
+
+def passes(rows: list[dict]) -> None:
+    """DVPO less PPO where value model and reward model make three passes over the pairs, and where both make six."""
+    runs = {(row["method"], row["setting"], row["seed"]): row for row in rows
+            if row["experiment"] in ("base", "gvm", "ppo_variants")}  # fmt: skip
+    seeds = sorted(seed for method, setting, seed in runs
+                   if (method, setting) == ("ppo", "twice the passes") and ("dvpo", setting, seed) in runs)  # fmt: skip
+    if not seeds:
+        return
+    print("\n## DVPO less PPO, with three passes over the pairs for value and reward model, and with six")
+    lines = []
+    for setting, name in (("default", "three"), ("twice the passes", "six")):
+        ours = [runs["dvpo", setting, seed] for seed in seeds]
+        theirs = [runs["ppo", setting, seed] for seed in seeds]
+        judges = [runs["gvm", setting, seed] for seed in seeds] if setting == "default" else ours
+        last = [row["gvm"]["pair_accuracy"]["last"] for row in judges]
+        columns = [(last, [row["rm_pair_accuracy"] for row in theirs])]
+        for measure in (lambda row: row["policy"]["gold"]["mean"], lambda row: row["policy"]["kl"]):
+            columns.append((list(map(measure, ours)), list(map(measure, theirs))))
+        cells = [f"{', '.join(f'{x:.3f}' for x in a)} less {', '.join(f'{x:.3f}' for x in b)}: {paired(a, b)}"
+                 for a, b in columns]  # fmt: skip
+        lines.append([name, ", ".join(map(str, seeds)), *cells])
+    table("passes | seeds | pair accuracy | gold | KL", lines)
 
 
 def trajectories(rows: list[dict]) -> None:
@@ -392,11 +419,15 @@ def write_report(rows: list[dict], folder: Path, plt) -> None:
     for row in rows:  # the tuning seed's default runs belong to the tuning
         tuning = row["seed"] == TUNING_SEED and row["experiment"] == "base"
         row["experiment"] = "tuning" if tuning else row["experiment"]
-    print(f"{len(rows)} runs; interquartile means over seeds with 95 % bootstrap intervals")
+    print(f"{len(rows)} runs. A value: interquartile mean over seeds with its 95 % bootstrap interval. A difference: "
+          "mean of differences seed by seed ± half a 95 % t-interval (seeds), bold where it leaves out 0. At equal KL: "
+          "less the gold between two neighbouring coefficients of the same seed; left of the first of them, less the "
+          "straight line from SFT, which lies below the curve.")  # fmt: skip
     frontier(rows, folder, plt)
     learning_curves(rows, folder, plt)
     critics(rows, folder, plt)
     value_models(rows)
+    passes(rows)
     trajectories(rows)
     at_default = [row for row in rows if row["experiment"] != "uncentered" or row["coef"] == DEFAULT["dvpo"]]
     simple(at_default, "Advantage estimator", "uncentered", "advantage")
