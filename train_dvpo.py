@@ -174,9 +174,10 @@ def fused_logprobs(hidden, weight, labels, temperature: float = 1.0, chunk_size:
 
     `hidden (N, H)`, `weight (V, H)`, `labels (N,)`; returns `(logprobs, entropy)`, `(N,)` each in at least fp32.
     Log-probs are differentiable in `hidden` and `weight`; the entropy is for logging and is not. Extra memory: some
-    N x max(`chunk_size`, H) floats. The softmax is summed slice by slice as in arXiv:1805.02867.
+    N x max(`chunk_size`, H) floats. The softmax is summed over `chunk_size` rows of `weight` at a time (None: by
+    device), as in arXiv:1805.02867.
     """
-    # Small slices stay in a CPU's cache; on a GPU they would take longer to launch than to compute.
+    # Small slices stay in a CPU's cache; on a GPU they would take longer to launch than to compute (by estimate).
     chunk_size = chunk_size or (4096 if hidden.is_cuda else 1024)
     return FusedLogprobs.apply(hidden, weight, labels, temperature, chunk_size)
 

@@ -30,7 +30,6 @@ def test_interquartile_mean(values, mean):
 def test_paired_differences():
     """Differences 1, 2, 3: mean 2, standard deviation 1, and t = 4.303 at two degrees of freedom."""
     assert study_report.paired([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == "+2.000 ± 2.484 (3)"
-
     assert study_report.paired([3.0, 4.0, 5.0], [1.0, 2.0, 3.1]) == "**+1.967 ± 0.143** (3)"  # 0 is outside
     assert study_report.paired([1.0], [0.0]) == "-"
 

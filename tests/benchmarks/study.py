@@ -189,10 +189,9 @@ def cells(experiment: str, seed: int) -> list[Cell]:
         return [train(method, f"{flag[method]}={coef:g}", {flag[method]: coef}, coef=coef)
                 for method in COEFS for coef in COEFS[method] if coef != DEFAULT.get(method)]  # fmt: skip
     if experiment in ("equal_time", "equal_time_fast"):  # a shorter run might want larger steps
-        short = {
-            "num_updates": EQUAL_TIME,
-            **({"learning_rate": max(RATES)} if experiment == "equal_time_fast" else {}),
-        }
+        short = {"num_updates": EQUAL_TIME}
+        if experiment == "equal_time_fast":
+            short["learning_rate"] = max(RATES)
         return [train("ppo", f"{EQUAL_TIME} updates, kl_coef={coef:g}", {**short, "kl_coef": coef}, coef=coef)
                 for coef in COEFS["ppo"][1:]]  # fmt: skip
     if experiment == "uncentered":

@@ -119,8 +119,9 @@ def frontier(rows: list[dict], folder: Path, plt) -> None:
         gold = torch.tensor([interval([row["policy"]["gold"]["mean"] for row in members]) for members in settings])
         bars = torch.stack([gold[:, 0] - gold[:, 1], gold[:, 2] - gold[:, 0]]).clamp(min=0)
         axis.errorbar(kl, gold[:, 0], bars, fmt="o", color=COLORS[method], label=NAMES[method], capsize=3)
-        for i in range(len(kl) - 1):  # as at equal KL: not between runs too far apart, or with another set of seeds
-            if abs(kl[i + 1] - kl[i]) < FAR_APART and len(settings[i]) == len(settings[i + 1]):
+        seeds = [{row["seed"] for row in members} for members in settings]
+        for i in range(len(kl) - 1):  # as at equal KL: not between runs too far apart, or of other seeds
+            if abs(kl[i + 1] - kl[i]) < FAR_APART and seeds[i] == seeds[i + 1]:
                 axis.plot(kl[i : i + 2], gold[i : i + 2, 0], color=COLORS[method], lw=1.5)
     table("method | coefficient | seeds | gold | worst seed | KL | tokens", lines)
     axis.set(
@@ -141,6 +142,22 @@ def frontier(rows: list[dict], folder: Path, plt) -> None:
     table("KL | DVPO - PPO | the same, seeds that centring was not seen to be needed on | gae_uncentered - PPO | "
           f"DVPO - {NAMES['equal_time']} | DVPO - {NAMES['equal_time_fast']} | DVPO - GRPO (TRL) | DVPO - DPO (TRL)",
           lines)  # fmt: skip
+
+    print("\n## Seed by seed: the defaults, and DVPO's gold less that of the others at 2 nats")
+    base = {(row["method"], row["seed"]): row for row in rows if row["experiment"] == "base"}
+    number = lambda x, form=".3f": "-" if x is None else f"{x:{form}}"
+    lines = []
+    for seed in sorted(dvpo):
+        gvm, ours, theirs = (base.get((method, seed), {}) for method in ("gvm", "dvpo", "ppo"))
+        cells = [number(gvm["gvm"]["pair_accuracy"]["last"] if gvm else None), number(theirs.get("rm_pair_accuracy"))]
+        for row in (ours, theirs):
+            cells += [number(row["policy"]["gold"]["mean"]), number(row["policy"]["kl"])] if row else ["-", "-"]
+        for other in ("ppo", "equal_time", "grpo"):
+            both = [interpolate(curve.get(seed, []), 2.0) for curve in (dvpo, curves.get(other, {}))]
+            cells.append(number(None if None in both else both[0] - both[1], "+.3f"))
+        lines.append([str(seed), *cells])
+    table(f"seed | pair accuracy: GVM | reward model | DVPO: gold | KL | PPO: gold | KL | less PPO | less "
+          f"{NAMES['equal_time']} | less GRPO (TRL)", lines)  # fmt: skip
 
     print("\n## What centring adds to the gold score, per KL coefficient and seed")
     gold = lambda name: {(row["coef"], row["seed"]): row["policy"]["gold"]["mean"] for members in points.get(name, [])
@@ -214,7 +231,7 @@ def learning_curves(rows: list[dict], folder: Path, plt) -> None:
 
 
 def critics(rows: list[dict], folder: Path, plt) -> None:
-    groups = {method: rows for (method, _), rows in group(rows, "base").items() if "critic" in rows[0]}
+    groups = {method: members for (method, _), members in group(rows, "base").items() if "critic" in members[0]}
     targets = {"dvpo": "GVM against E[label given gold]", "ppo": "PPO's critic against score and KL to come"}
     print("\n## Is the critic right? Fresh answers, judged before any training on them, by tenth of the run")
     print("\nEach critic against its own target, with half of the answer seen and before its last token. Error and "
@@ -382,16 +399,19 @@ def simple(rows: list[dict], title: str, *experiments: str) -> None:
 def reruns(rows: list[dict]) -> None:
     """The default settings and the same seeds on another CPU, whose last bits differ: how far do results move?"""
     first = {(row["method"], row["seed"]): row for row in rows if row["key"].startswith("base/")}
-    measures = {"GVM, pair accuracy": lambda row: row["gvm"]["pair_accuracy"]["last"],
-                "reward model, pair accuracy": lambda row: row["rm_pair_accuracy"],
-                "gold": lambda row: row["policy"]["gold"]["mean"]}  # fmt: skip
+
+    def measures(row):
+        if "gvm" in row:
+            yield "GVM, pair accuracy", row["gvm"]["pair_accuracy"]["last"]
+        if "rm_pair_accuracy" in row:
+            yield "reward model, pair accuracy", row["rm_pair_accuracy"]
+        if "policy" in row:
+            yield f"{NAMES[row['method']]}, gold", row["policy"]["gold"]["mean"]
+
     lines = []
-    for row in rows:
-        for what, measure in measures.items() if row["experiment"] == "rerun" else ():
-            with contextlib.suppress(KeyError):  # not every run has every measure
-                before, again = measure(first[row["method"], row["seed"]]), measure(row)
-                what = f"{NAMES[row['method']]}, gold" if what == "gold" else what
-                lines.append([what, str(row["seed"]), f"{before:.3f}", f"{again:.3f}"])
+    for row in (row for row in rows if row["experiment"] == "rerun"):
+        before = dict(measures(first[row["method"], row["seed"]]))
+        lines += [[what, str(row["seed"]), f"{before[what]:.3f}", f"{again:.3f}"] for what, again in measures(row)]
     if lines:
         print("\n## The defaults again, on another CPU")
         table("what | seed | first | again", lines)
