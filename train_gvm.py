@@ -50,11 +50,11 @@ class Args:
     """passes over the data"""
     num_examples: int | None = None
     """use only the first so many training examples (pairs count as one); None uses all"""
-    learning_rate: float = 4e-4
+    learning_rate: float = 2e-4
     """AdamW's peak, decayed linearly to zero (released code: Adafactor, 1.41e-5)"""
     warmup_fraction: float = 0.1
     """share of the updates in which the learning rate rises"""
-    batch_size: int = 64
+    batch_size: int = 32
     """answers per update (global); the two of a pair stay together"""
     micro_batch_size: int = 64
     """sequences per forward and backward (per rank); lower it when out of memory, results stay the same"""

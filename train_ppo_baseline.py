@@ -54,11 +54,11 @@ class Args:
     # Reward model
     reward_num_epochs: int = 3
     """passes over the preference pairs"""
-    reward_learning_rate: float = 4e-4
+    reward_learning_rate: float = 2e-4
     """AdamW's peak, decayed linearly to zero"""
     reward_warmup_fraction: float = 0.1
     """share of the RM's updates in which its learning rate rises"""
-    reward_batch_size: int = 64
+    reward_batch_size: int = 32
     """answers per update of the RM (global); the two of a pair stay together"""
     reward_center_coef: float = 0.01
     """pulls the scores of each pair towards a sum of zero: Bradley-Terry leaves their mean open"""

@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "peers")]
 
 STUDY = ("base", "frontier", "advantage", "gvm", "stability", "unreliable")  # three seeds in less than three hours
-MORE = ("equal_time", "equal_time_fast", "trajectories", "uncentered", "ppo_variants", "tuning")
+MORE = ("equal_time", "equal_time_fast", "trajectories", "uncentered", "ppo_variants", "judges", "tuning")
 COEFS = {  # of the KL to the reference: kl_coef (DVPO, PPO), beta (GRPO, DPO)
     "dvpo": (0.2, 0.1, 0.05, 0.025, 0.0125),
     "ppo": (0.4, 0.2, 0.1, 0.05, 0.025),
@@ -65,9 +65,9 @@ GVMS = {  # the value model changed; three passes through its pairs where nothin
     "twice the passes": {"num_epochs": 6},
 }
 TRAJECTORIES = {
-    "3,000 updates more": {"model_path": "gvm", "num_epochs": 6},
-    "3,000 updates more, K=1": {"model_path": "gvm", "num_epochs": 6, "num_context_trajectories": 1},
-    "3,000 updates more, K=3": {"model_path": "gvm", "num_epochs": 6, "num_context_trajectories": 3},
+    "six passes more": {"model_path": "gvm", "num_epochs": 6},
+    "six passes more, K=1": {"model_path": "gvm", "num_epochs": 6, "num_context_trajectories": 1},
+    "six passes more, K=3": {"model_path": "gvm", "num_epochs": 6, "num_context_trajectories": 3},
 }
 ADVANTAGES = {
     "q": {"advantage": "q"},
@@ -85,6 +85,24 @@ PPO_VARIANTS = {  # what DVPO was given or had tried, given to PPO
     "twice the passes": {"reward_path": None, "reward_output_dir": "rm-twice_the_passes", "reward_num_epochs": 6},
 }
 
+JUDGE_SEEDS = (8, 100, 101, 102)  # 8: where the value model had not learned enough in 1,500 updates of 64 answers
+JUDGES = {  # settings tried for the value model and the reward model, three passes each; the defaults among them
+    "gvm": (
+        {"batch_size": 64, "learning_rate": 2e-4},
+        {"batch_size": 64, "learning_rate": 4e-4},
+        {"batch_size": 64, "learning_rate": 8e-4},
+        {"batch_size": 32, "learning_rate": 2e-4},
+        {"batch_size": 32, "learning_rate": 4e-4},
+        {"batch_size": 64, "learning_rate": 4e-4, "bt_coef": 0.3},
+        {"batch_size": 64, "learning_rate": 4e-4, "bt_coef": 1.0},
+        {"batch_size": 32, "learning_rate": 2e-4, "bt_coef": 0.3},
+    ),
+    "rm": (
+        {"batch_size": 64, "learning_rate": 2e-4},
+        {"batch_size": 64, "learning_rate": 4e-4},
+        {"batch_size": 32, "learning_rate": 2e-4},
+    ),
+}
 TUNING_SEED = 100  # of runs that only choose settings
 TUNING = {  # all that was tried; the defaults are the best of it, as far as one seed can tell
     "dvpo": (
@@ -180,9 +198,20 @@ def cells(experiment: str, seed: int) -> list[Cell]:
         dvpo = train("dvpo", "default", {}, coef=DEFAULT["dvpo"])
         ppo = train("ppo", "default", {"reward_path": None, "reward_output_dir": "rm"}, coef=DEFAULT["ppo"])
         return [sft, gvm, dvpo, ppo]
+    show = lambda value: value if isinstance(value, str) else f"{value:g}"
+    name = lambda flags: ", ".join(f"{key}={show(value)}" for key, value in flags.items())
+    if experiment == "judges":
+        made = []
+        for flags in JUDGES["gvm"]:
+            folder = f"judges-gvm-{name(flags)}".replace(" ", "_")
+            stages = [("train_gvm", {"output_dir": folder, **flags})]
+            made.append(Cell(experiment, "gvm", name(flags), seed, stages, None, folder))
+        for flags in JUDGES["rm"]:  # the script trains one when it has none; of its policy one update
+            trained = {"reward_path": None, "reward_output_dir": f"judges-rm-of-{name(flags)}".replace(" ", "_")}
+            flags_of_rm = {f"reward_{key}": value for key, value in flags.items()}
+            made.append(train("ppo", name(flags), {**trained, **flags_of_rm, "num_updates": 1}))
+        return made
     if experiment == "tuning":
-        show = lambda value: value if isinstance(value, str) else f"{value:g}"
-        name = lambda flags: ", ".join(f"{key}={show(value)}" for key, value in flags.items())
         return [train(method, name(flags), flags) for method, tried in TUNING.items() for flags in tried]
     if experiment == "frontier":
         flag = {"dvpo": "kl_coef", "ppo": "kl_coef", "grpo": "beta", "dpo": "beta"}
@@ -438,7 +467,7 @@ def main(args: Args) -> None:
     done = {json.loads(line)["key"] for line in results.read_text().splitlines()} if results.exists() else set()
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.num_workers, context, leave_with_parent) as pool:
-        seeds_of = lambda e: (TUNING_SEED,) if e == "tuning" else args.seeds
+        seeds_of = lambda e: {"tuning": (TUNING_SEED,), "judges": JUDGE_SEEDS}.get(e, args.seeds)
         all_seeds = dict.fromkeys(seed for experiment in args.only for seed in seeds_of(experiment))
         ran = False
         for base in (True, False):
