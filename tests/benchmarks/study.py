@@ -466,27 +466,27 @@ def main(args: Args) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     done = {json.loads(line)["key"] for line in results.read_text().splitlines()} if results.exists() else set()
     context = multiprocessing.get_context("spawn")
+    seeds_of = lambda e: {"tuning": (TUNING_SEED,), "judges": JUDGE_SEEDS}.get(e, args.seeds)
     with concurrent.futures.ProcessPoolExecutor(args.num_workers, context, leave_with_parent) as pool:
-        seeds_of = lambda e: {"tuning": (TUNING_SEED,), "judges": JUDGE_SEEDS}.get(e, args.seeds)
-        all_seeds = dict.fromkeys(seed for experiment in args.only for seed in seeds_of(experiment))
-        ran = False
-        for base in (True, False):
-            jobs = []
-            for seed in all_seeds if base else ():  # what the others need is one job, made again where it is missing
-                made = (output_dir / f"seed{seed}" / "rm" / "model.safetensors").exists()
-                jobs.append([cell for cell in cells("base", seed) if not made or cell.key not in done])
-            for experiment in () if base else args.only:
-                todo = [cell for seed in seeds_of(experiment) for cell in cells(experiment, seed)]
-                todo = [cell for cell in todo if any(part in cell.key for part in args.match)]
-                jobs += [[cell] for cell in todo if cell.key not in done and experiment != "base"]
-            jobs = [job for job in jobs if job]
-            ran = ran or bool(jobs)
-            futures = {}
-            for i, job in enumerate(jobs):
-                folder = output_dir / f"seed{job[0].seed}"
-                log_file = output_dir / f"log-{'base' if base else 'more'}-{i}.txt"
-                futures[pool.submit(run_job, job, str(folder), str(log_file))] = job
-            for future in concurrent.futures.as_completed(futures):
+        running, later = {}, {}  # future -> seed, seed -> cells that build on its base models
+
+        def submit(jobs: list[list[Cell]], seed: int) -> None:
+            for job in jobs:
+                log_file = output_dir / f"log-{job[0].key}.txt".replace("/", "_").replace(" ", "_")
+                running[pool.submit(run_job, job, str(output_dir / f"seed{seed}"), str(log_file))] = seed
+
+        for seed in dict.fromkeys(seed for experiment in args.only for seed in seeds_of(experiment)):
+            experiments = [e for e in args.only if e != "base" and seed in seeds_of(e)]
+            todo = [cell for e in experiments for cell in cells(e, seed) if cell.key not in done]
+            later[seed] = [cell for cell in todo if any(part in cell.key for part in args.match)]
+            # What the others need is one job, made again where it is missing.
+            made = (output_dir / f"seed{seed}" / "rm" / "model.safetensors").exists()
+            base = [cell for cell in cells("base", seed) if not made or cell.key not in done]
+            submit([base] if base else [[cell] for cell in later.pop(seed)], seed)
+        ran = bool(running)
+        while running:
+            for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
+                seed = running.pop(future)
                 for row in future.result():
                     shown = row.get("error") or row.get("policy", {}).get("gold", {}).get("mean", "")
                     print(f"{time.strftime('%H:%M:%S')}  {row['wall']:4.0f} s  {row['key']}  {shown}", flush=True)
@@ -494,6 +494,7 @@ def main(args: Args) -> None:
                         done.add(row["key"])
                         with open(results, "a") as file:
                             file.write(json.dumps(row) + "\n")
+                submit([[cell] for cell in later.pop(seed, ())], seed)
     if not ran:
         print(f"nothing to run: {results} has all that was asked for, or --match fits nothing; another --results starts"
               " anew")  # fmt: skip
