@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
+RESULTS = BENCHMARKS / "results", BENCHMARKS / "results" / "batch_64"
 sys.path.append(str(BENCHMARKS))
 
 import study  # noqa: E402
@@ -52,9 +53,9 @@ def test_every_run_has_a_name_of_its_own():
     assert len(set(folders)) == len(folders)
 
 
-def test_the_report_is_that_of_the_rows(tmp_path):
+@pytest.mark.parametrize("results", RESULTS)
+def test_the_report_is_that_of_the_rows(results, tmp_path):
     pytest.importorskip("matplotlib")
-    results = BENCHMARKS / "results"
     study_report.main(study_report.Args(str(results / "study.jsonl"), str(tmp_path)))
     number = re.compile(r"-?\d+\.\d+")
     ours, theirs = ((folder / "report.md").read_text() for folder in (tmp_path, results))
@@ -63,12 +64,13 @@ def test_the_report_is_that_of_the_rows(tmp_path):
         assert float(again) == pytest.approx(float(committed), abs=0.0011)
 
 
-def test_rows_can_be_made_again():
+@pytest.mark.parametrize("results", RESULTS)
+def test_rows_can_be_made_again(results):
     """A committed run of our own trainers that bears the name of one of the study's had the same flags."""
     flags = lambda stages: {name: x for name, x in stages[-1][1].items() if not name.endswith(("_path", "output_dir"))}
     wanted = {cell.key: flags(cell.stages) for experiment in (*study.STUDY, *study.MORE)
               for seed in (*range(1, 9), study.TUNING_SEED) for cell in study.cells(experiment, seed)}  # fmt: skip
-    rows = map(json.loads, (BENCHMARKS / "results" / "study.jsonl").read_text().splitlines())
+    rows = map(json.loads, (results / "study.jsonl").read_text().splitlines())
     made = {row["key"]: flags(row["stages"]) for row in rows
             if row["key"] in wanted and row["method"] in ("dvpo", "ppo") and "stages" in row}  # fmt: skip
-    assert len(made) > 100 and made == {key: wanted[key] for key in made}
+    assert len(made) > 50 and made == {key: wanted[key] for key in made}

@@ -87,6 +87,8 @@ def group(rows: list[dict], *experiments: str) -> dict[tuple[str, str], list[dic
 
 
 def table(header: str, lines: list[list[str]]) -> None:
+    if not lines:
+        return
     columns = header.split(" | ")
     print("\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for line in lines:
@@ -138,7 +140,7 @@ def frontier(rows: list[dict], folder: Path, plt) -> None:
     pairs = [(dvpo, "ppo"), (fresh, "ppo"), (uncentered, "ppo"), (dvpo, "equal_time"), (dvpo, "equal_time_fast"),
              (dvpo, "grpo"), (dvpo, "dpo")]  # fmt: skip
     lines = [[f"{kl:g}", *(at_equal_kl(ours, curves.get(other, {}), kl) for ours, other in pairs)]
-             for kl in (0.95, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0)]  # fmt: skip
+             for kl in (0.95, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0)]  # fmt: skip
     table("KL | DVPO - PPO | the same, seeds that centring was not seen to be needed on | gae_uncentered - PPO | "
           f"DVPO - {NAMES['equal_time']} | DVPO - {NAMES['equal_time_fast']} | DVPO - GRPO (TRL) | DVPO - DPO (TRL)",
           lines)  # fmt: skip
@@ -159,14 +161,15 @@ def frontier(rows: list[dict], folder: Path, plt) -> None:
     table(f"seed | pair accuracy: GVM | reward model | DVPO: gold | KL | PPO: gold | KL | less PPO | less "
           f"{NAMES['equal_time']} | less GRPO (TRL)", lines)  # fmt: skip
 
-    print("\n## What centring adds to the gold score, per KL coefficient and seed")
     gold = lambda name: {(row["coef"], row["seed"]): row["policy"]["gold"]["mean"] for members in points.get(name, [])
                          for row in members}  # fmt: skip
     centred, uncentred = gold("dvpo"), gold("uncentered")
     seeds = sorted({seed for _, seed in centred.keys() & uncentred.keys()})
-    added = lambda run: f"{centred[run] - uncentred[run]:+.3f}" if run in centred and run in uncentred else "-"
-    lines = [[f"{coef:g}", *(added((coef, seed)) for seed in seeds)] for coef in COEFS["dvpo"]]
-    table(" | ".join(["coefficient", *(f"seed {seed}" for seed in seeds)]), lines)
+    if seeds:
+        print("\n## What centring adds to the gold score, per KL coefficient and seed")
+        added = lambda run: f"{centred[run] - uncentred[run]:+.3f}" if run in centred and run in uncentred else "-"
+        lines = [[f"{coef:g}", *(added((coef, seed)) for seed in seeds)] for coef in COEFS["dvpo"]]
+        table(" | ".join(["coefficient", *(f"seed {seed}" for seed in seeds)]), lines)
 
 
 def by_seed(rows) -> dict[int, list[tuple[float, float]]]:
@@ -291,6 +294,23 @@ def passes(rows: list[dict]) -> None:
     table("passes | seeds | pair accuracy | gold | KL", lines)
 
 
+def judges(rows: list[dict]) -> None:
+    """Held-out pair accuracy under the settings that were tried for the value model and the reward model."""
+    runs = {}
+    for row in rows:
+        if row["experiment"] == "judges":
+            accuracy = row["gvm"]["pair_accuracy"]["last"] if "gvm" in row else row["rm_pair_accuracy"]
+            runs[row["method"], row["setting"], row["seed"]] = accuracy
+    seeds, lines = sorted({seed for _, _, seed in runs}), []
+    for method, name in (("gvm", "GVM"), ("ppo", "reward model")):
+        for setting in dict.fromkeys(s for m, s, _ in runs if m == method):
+            found = [runs.get((method, setting, seed)) for seed in seeds]
+            lines.append([name, setting, *("-" if x is None else f"{x:.3f}" for x in found)])
+    if lines:
+        print("\n## Settings tried for the value model and the reward model: pair accuracy after three passes")
+        table(" | ".join(["model", "setting", *(f"seed {seed}" for seed in seeds)]), lines)
+
+
 def trajectories(rows: list[dict]) -> None:
     """What trajectory conditioning changes in the loop: the GVMs that went on from the default, with it or without."""
     print("\n## The GVM in the loop, with trajectories and without: fresh answers, first and last tenth of the run")
@@ -356,8 +376,8 @@ def value_models(rows: list[dict]) -> None:
     table("GVM | seeds | | 0 % | 25 % | 50 % | 75 % | 100 %", lines)
     accuracy = lambda row: {f: x["pair_accuracy"] for f, x in row["gvm"]["by_fraction"].items()}
     at = {setting: {row["seed"]: accuracy(row) for row in members}
-          for (_, setting), members in groups.items() if setting.startswith("3,000 updates")}  # fmt: skip
-    control, lines = at.pop("3,000 updates more", {}), []
+          for (_, setting), members in groups.items() if setting.startswith("six passes more")}  # fmt: skip
+    control, lines = at.pop("six passes more", {}), []
     for setting, accuracies in at.items():
         both = [(accuracies[seed], control[seed]) for seed in sorted(accuracies.keys() & control.keys())]
         if len(both) > 1:
@@ -447,6 +467,7 @@ def write_report(rows: list[dict], folder: Path, plt) -> None:
     learning_curves(rows, folder, plt)
     critics(rows, folder, plt)
     value_models(rows)
+    judges(rows)
     passes(rows)
     trajectories(rows)
     at_default = [row for row in rows if row["experiment"] != "uncentered" or row["coef"] == DEFAULT["dvpo"]]
