@@ -482,7 +482,8 @@ def write_report(rows: list[dict], folder: Path, plt) -> None:
     simple(rows, "Tuning: one seed that no other table uses", "tuning")
     untold = sum("train_gvm" in dict(row.get("stages", ())) and "train_gvm" not in row["seconds"] for row in rows)
     hours = sum(row["wall"] for row in rows) / 3600
-    print(f"\nAll runs together: {hours:.1f} core hours, without {untold} value models that stood already")
+    without = f", without {untold} value models that stood already" if untold else ""
+    print(f"\nAll runs together: {hours:.1f} core hours{without}")
 
 
 if __name__ == "__main__":
