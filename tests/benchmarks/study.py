@@ -483,7 +483,10 @@ def main(args: Args) -> None:
             # What the others need is one job, made again where it is missing.
             made = (output_dir / f"seed{seed}" / "rm" / "model.safetensors").exists()
             base = [cell for cell in cells("base", seed) if not made or cell.key not in done]
-            submit([base] if base else [[cell] for cell in later.pop(seed)], seed)
+            if base and (later[seed] or "base" in args.only):
+                submit([base], seed)
+            else:
+                submit([[cell] for cell in later.pop(seed)], seed)
         ran = bool(running)
         while running:
             for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
