@@ -40,7 +40,7 @@ import tyro  # noqa: E402
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "peers")]
 
-STUDY = ("base", "frontier", "advantage", "gvm", "stability", "unreliable")  # three seeds in less than three hours
+STUDY = ("base", "frontier", "advantage", "gvm", "stability", "unreliable")  # three seeds in some three hours
 MORE = ("equal_time", "equal_time_fast", "trajectories", "uncentered", "ppo_variants", "judges", "tuning")
 COEFS = {  # of the KL to the reference: kl_coef (DVPO, PPO), beta (GRPO, DPO)
     "dvpo": (0.2, 0.1, 0.05, 0.025, 0.0125),
