@@ -162,6 +162,7 @@ def main(args: Args) -> None:
                 print(f"{method}: {child.stderr.splitlines()[-1]}", file=sys.stderr)
             else:
                 results.append(json.loads(child.stdout.splitlines()[-1]))
+                print(f"{method}: {results[-1]}", file=sys.stderr)
     runs = {method: results for method, results in runs.items() if results}
     if not runs:
         sys.exit(1)
