@@ -37,6 +37,7 @@ import torch.distributed.checkpoint as dcp
 import transformers
 import tyro
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from transformers import DynamicCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import cached_file
 
@@ -955,6 +956,27 @@ def condition(prompt_ids: list[int], trajectories: list[Trajectory], max_length:
 # ---- Models ----------------------------------------------------------------------------------------------------------
 # The name of a model's key-value cache, in its arguments and outputs: transformers 5.24 has changed it.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def key_value_cache(model, length: int) -> DynamicCache | StaticCache:
+    """An empty cache for `length` tokens: static where a CUDA graph can repeat the model's step for one token.
+
+    That is on a GPU, when all steps are alike: not with experts that Python picks, nor a sliding window that fills.
+    """
+    static = StaticCache(model.config, max_cache_len=length)
+    alike = model._can_compile_fullgraph and all(getattr(x, "max_cache_len", 0) == length for x in static.layers)
+    return static if model.device.type == "cuda" and alike else DynamicCache(config=model.config)
+
+
+def cuda_graph(step):
+    """Record what `step()` does, in place, to tensors on the GPU; returns a function that does it again in one launch.
+
+    One by one, the hundreds of kernels of a decoding step take longer to launch than to run.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's threads may go on meanwhile
+        step()
+    return graph.replay
 
 
 def load_pretrained(auto_class, path: str, **kwargs):

@@ -26,6 +26,7 @@ import torch.distributed as dist
 import tyro
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from transformers import StaticCache
 
 import common
 
@@ -165,7 +166,7 @@ def token_logprobs(model, input_ids, attention_mask, response_mask, temperature)
 # Copied from train_dvpo.shard
 def shard(model, mesh, dtype: torch.dtype):
     """FSDP2: every decoder layer is a unit, the rest another; computes in `dtype`, reduces gradients in fp32."""
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in common.decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     # After a forward pass the root stays whole for the backward pass, unless the model is frozen and none will come.
@@ -182,29 +183,19 @@ def add_methods(model, *functions):
     return model
 
 
-# Copied from train_dvpo.next_token_logits
-def next_token_logits(model, tokens, attention_mask, positions, cache):
-    """Logits `(B, V)` after the last of `tokens (B, t)` in fp32, as in `fused_logprobs`, and the grown cache."""
-    outputs = model.base_model(
-        tokens, attention_mask=attention_mask, position_ids=positions, use_cache=True, **{common.CACHE: cache}
-    )
-    return project(outputs.last_hidden_state[:, -1], model.get_output_embeddings().weight), outputs[common.CACHE]
-
-
 # Copied from train_dvpo.generate
 @torch.no_grad()  # not inference_mode: the next training step would raise
 def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, temperature: float):
-    """Sample answers from a sharded policy without any communication per token.
+    """Sample answers from a sharded policy, whose method this is, without any communication per token.
 
     `prompt_ids`, `prompt_mask (B, P)` left-padded; `uniforms (B, R)` in [0, 1), one per token to sample, so that
     an answer does not depend on the number of ranks; `end_ids (E,)` end an answer. Returns `response_ids` and
     `response_mask (B, R)`, the ending token inside the mask, `pad_id` after it.
     """
-    B, R = uniforms.shape
+    (B, P), R = prompt_ids.shape, uniforms.shape[1]
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:  # gather the weights once, not once per token
         unit.set_reshard_after_forward(False, recurse=False)
-        unit.unshard()
     was_training = model.training
     model.eval()  # gradient checkpointing would silently drop the cache in train mode
     try:
@@ -212,25 +203,37 @@ def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, tem
         response_mask = torch.zeros_like(response_ids, dtype=torch.bool)
         attention_mask = torch.cat([prompt_mask, torch.ones_like(response_mask)], 1)  # (B, P + R)
         positions = common.position_ids(attention_mask)
-        tokens, cache, running = prompt_ids, None, torch.ones_like(response_mask[:, 0])
-        P = prompt_ids.shape[1]
-        for t in range(R):
-            seen = slice(0 if t == 0 else P + t - 1, P + t)
-            logits, cache = model.next_token_logits(tokens, attention_mask[:, : P + t], positions[:, seen], cache)
+        running = torch.ones_like(response_mask[:, 0])
+        cache = common.key_value_cache(model, P + R)
+        t = prompt_ids.new_zeros(1)  # the next token's column: a tensor, and all changes in place, for the graph's sake
+
+        def sample(tokens, positions):
+            outputs = model.base_model(
+                tokens, attention_mask=attention_mask, position_ids=positions, use_cache=True, **{common.CACHE: cache}
+            )
+            logits = project(outputs.last_hidden_state[:, -1], model.get_output_embeddings().weight)  # (B, V)
             cumulative = torch.softmax(logits / temperature, 1).cumsum(1)  # (B, V)
-            threshold = uniforms[:, t, None] * cumulative[:, -1:]
+            threshold = uniforms.index_select(1, t) * cumulative[:, -1:]
             sampled = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=cumulative.shape[1] - 1)
-            response_ids[:, t] = torch.where(running, sampled, pad_id)
-            response_mask[:, t] = running
-            running = running & ~torch.isin(sampled, end_ids)
+            response_ids.index_copy_(1, t, torch.where(running, sampled, pad_id)[:, None])
+            response_mask.index_copy_(1, t, running[:, None])
+            running.logical_and_(~torch.isin(sampled, end_ids))
+            t.add_(1)
+
+        step = lambda: sample(response_ids.index_select(1, t - 1), positions.index_select(1, P + t - 1))
+        sample(prompt_ids, positions[:, :P])
+        for i in range(1, R):
             if not running.any():
                 break
-            tokens = response_ids[:, t : t + 1]
+            if i == 2 and isinstance(cache, StaticCache):
+                step = common.cuda_graph(step)
+            step()
     finally:
         model.train(was_training)
         for unit in units:  # left gathered across an optimizer step, the next forward would use stale weights
+            unit.set_reshard_after_forward(True, recurse=False)
             unit.reshard()
-            unit.set_reshard_after_forward(unit is not model or not was_training, recurse=False)  # as `shard` does
+        model.set_reshard_after_forward(not was_training, recurse=False)  # as `shard` does
     return response_ids, response_mask
 
 
@@ -338,8 +341,8 @@ def sample(policy, reference, gvm, prompts: list[list[int]], end_ids, pad_id: in
     parts = []
     for rows in mine.split(args.micro_batch_size):
         prompt_ids, prompt_mask = (x.to(device) for x in common.pad([prompts[i] for i in rows], pad_id, "left"))
-        response_ids, response_mask = generate(
-            policy, prompt_ids, prompt_mask, uniforms[rows].to(device), end_ids, pad_id, args.temperature
+        response_ids, response_mask = policy.generate(
+            prompt_ids, prompt_mask, uniforms[rows].to(device), end_ids, pad_id, args.temperature
         )
         batch = torch.cat([prompt_ids, response_ids], 1), torch.cat([prompt_mask, response_mask], 1), response_mask
         batch = common.crop(*batch)
@@ -456,7 +459,7 @@ def main(args: Args) -> None:
     baseline = None
     for name, path in paths.items():
         policy = frozen(common.load_policy(path, tokenizer, dtype))
-        policy = add_methods(policy, token_logprobs, next_token_logits)
+        policy = add_methods(policy, token_logprobs, generate)
         answers = sample(policy, reference, gvm, repeated, end_ids, tokenizer.pad_token_id, device, args)
         rows = zip(answers["response_ids"], answers["response_mask"])
         texts = [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in rows]

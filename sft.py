@@ -175,7 +175,7 @@ def token_logprobs(model, input_ids, attention_mask, response_mask, temperature)
 # Copied from train_dvpo.shard
 def shard(model, mesh, dtype: torch.dtype):
     """FSDP2: every decoder layer is a unit, the rest another; computes in `dtype`, reduces gradients in fp32."""
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in common.decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     # After a forward pass the root stays whole for the backward pass, unless the model is frozen and none will come.

@@ -677,7 +677,7 @@ def test_the_row_that_is_named_is_the_bad_one(phase, micro_batch_size, settings,
             logprobs = logprobs * spoil
         return logprobs, entropy
 
-    spoilt.__name__ = "token_logprobs"
+    recorded.__name__, spoilt.__name__ = "generate", "token_logprobs"
     monkeypatch.setattr(train_dvpo, "generate", recorded)
     monkeypatch.setattr(train_dvpo, "token_logprobs", spoilt)
     with pytest.raises(common.RunError, match="update 3: .* \\(rank 0, rows 5\\)"):
@@ -717,7 +717,7 @@ def test_out_of_memory_says_what_to_lower(function, says, settings, tmp_path, mo
     def greedy(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
 
-    greedy.__code__ = greedy.__code__.replace(co_name=function)
+    greedy.__name__, greedy.__code__ = function, greedy.__code__.replace(co_name=function)
     monkeypatch.setattr(train_dvpo, function, greedy)
     with pytest.raises(SystemExit) as left, common.one_line_errors():
         train("train_dvpo", settings("train_dvpo", tmp_path / "run"))

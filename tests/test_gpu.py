@@ -6,6 +6,8 @@ import pytest
 import torch
 from conftest import load_weights, read_metrics, run_script
 from test_fused_logprobs import inputs, naive
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import DynamicCache
 
 import common
 import train_dvpo
@@ -38,6 +40,32 @@ def test_gradients_under_left_padding_are_finite(T, tiny_model):
     logprobs, _ = train_dvpo.token_logprobs(policy, ids, mask, mask[:, -(T // 4) :], 1.0)
     logprobs.sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in policy.parameters())
+
+
+def test_a_graph_samples_as_single_steps_do(tiny_model, monkeypatch):
+    """In two rollouts with a training step between them: the second is recorded anew, with the new weights."""
+    device = common.init_processes()
+    policy = common.load_policy(tiny_model, common.load_tokenizer(tiny_model), torch.float32)
+    policy = train_dvpo.shard(policy.to(device), init_device_mesh("cuda", (1,)), torch.float32)
+    policy = train_dvpo.add_methods(policy, train_dvpo.token_logprobs, train_dvpo.generate)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.01)
+    prompts = torch.randint(3, 50, (16, 9), device=device)
+    mask = torch.arange(9, device=device) >= torch.arange(16, device=device)[:, None] % 7  # (16, 9)
+    rollout = lambda: policy.generate(prompts, mask, uniforms, torch.tensor([1], device=device), 0, 1.0)
+    graphs, record, static = [], common.cuda_graph, common.key_value_cache
+    monkeypatch.setattr(common, "cuda_graph", lambda step: graphs.append(step) or record(step))
+    for _ in range(2):
+        uniforms = torch.rand(16, 20, device=device)
+        monkeypatch.setattr(common, "key_value_cache", static)
+        recorded = rollout()
+        monkeypatch.setattr(common, "key_value_cache", lambda model, _: DynamicCache(config=model.config))
+        assert all(map(torch.equal, rollout(), recorded))
+        ids, answer_mask = recorded
+        batch = torch.cat([prompts, ids], 1), torch.cat([mask, answer_mask], 1), answer_mask
+        policy.token_logprobs(*batch, 1.0)[0].sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(graphs) == 2
 
 
 def run(*arguments):

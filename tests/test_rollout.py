@@ -1,11 +1,14 @@
 """Sampling and log-probs of a sharded policy."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, LlamaConfig, MistralConfig, StaticCache
 
 import common
 import train_dvpo
@@ -23,13 +26,13 @@ def policy(processes, model_path):
     model = common.load_policy(model_path, tokenizer, torch.float32)
     mesh = init_device_mesh("cpu", (1,))
     return train_dvpo.add_methods(
-        train_dvpo.shard(model, mesh, torch.float32), train_dvpo.token_logprobs, train_dvpo.next_token_logits
+        train_dvpo.shard(model, mesh, torch.float32), train_dvpo.token_logprobs, train_dvpo.generate
     )
 
 
 def rollout(policy, prompts, uniforms, temperature=1.0, end=1):
     prompt_ids, prompt_mask = common.pad(prompts, 0, "left")
-    return train_dvpo.generate(policy, prompt_ids, prompt_mask, uniforms, torch.tensor([end]), 0, temperature)
+    return policy.generate(prompt_ids, prompt_mask, uniforms, torch.tensor([end]), 0, temperature)
 
 
 PROMPTS = [[3, 6, 7, 20, 4], [3, 6, 4], [3, 6, 9, 30, 40, 41, 4]]
@@ -86,6 +89,30 @@ def test_generation_follows_an_optimizer_step(policy):
     assert losses[1] < losses[0] and not torch.equal(before, after)
 
 
+def test_a_static_cache_changes_no_answer(policy, monkeypatch):
+    """The steps that a GPU records as a graph, done one by one."""
+    uniforms = torch.rand(3, 12, generator=torch.Generator().manual_seed(4))
+    growing = rollout(policy, PROMPTS, uniforms)
+    static = lambda model, length: StaticCache(model.config, max_cache_len=length)
+    recorded = []
+    monkeypatch.setattr(common, "key_value_cache", static)
+    monkeypatch.setattr(common, "cuda_graph", lambda step: recorded.append(step) or step)
+    assert all(map(torch.equal, rollout(policy, PROMPTS, uniforms), growing)) and len(recorded) == 1
+
+
+@pytest.mark.parametrize(
+    "config, alike, kind",
+    [(LlamaConfig(), True, StaticCache),
+     (LlamaConfig(), False, DynamicCache),
+     (MistralConfig(sliding_window=32), True, StaticCache),
+     (MistralConfig(sliding_window=31), True, DynamicCache)],
+)  # fmt: skip
+def test_a_graph_is_only_made_of_steps_that_are_alike(config, alike, kind):
+    """A sliding window that fills on the way makes Python choose other kernels from then on."""
+    model = SimpleNamespace(config=config, _can_compile_fullgraph=alike, device=torch.device("cuda"))
+    assert type(common.key_value_cache(model, 32)) is kind
+
+
 class CollectiveCount(TorchDispatchMode):
     count = 0
 
@@ -99,7 +126,7 @@ def test_weights_are_gathered_once_per_rollout_not_once_per_token(tiny_model):
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     model = common.load_policy(tiny_model, common.load_tokenizer(tiny_model), torch.float32)
     policy = train_dvpo.shard(model, init_device_mesh("cpu", (2,)), torch.float32)
-    policy = train_dvpo.add_methods(policy, train_dvpo.next_token_logits)
+    policy = train_dvpo.add_methods(policy, train_dvpo.generate)
     gathers = []
     for length in (2, 12):
         with CollectiveCount() as collectives:

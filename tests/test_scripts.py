@@ -368,7 +368,9 @@ def test_an_answer_ends_with_its_turn_or_the_text(module, tiny_model, tiny_gvm, 
         tokenizer.chat_template = tokenizer.chat_template.replace("{{ eos_token }}", "<unk>")
         tokenizer.save_pretrained(path)
     ends, generate = [], module.generate
-    monkeypatch.setattr(module, "generate", lambda *args: ends.append(args[4].tolist()) or generate(*args))
+    recorded = lambda *args: ends.append(args[4].tolist()) or generate(*args)
+    recorded.__name__ = "generate"
+    monkeypatch.setattr(module, "generate", recorded)
     judge = {"gvm_path" if module is train_dvpo else "reward_path": str(paths[1])}
     module.main(
         module.Args(str(paths[0]), output_dir=str(tmp_path / "out"), num_updates=1, rollout_batch_size=8, **judge)

@@ -141,7 +141,8 @@ def measure(method: str, args: Args) -> dict:
     device = torch.cuda.get_device_name() if cuda else "CPU, one core"
     return {**result, "state_gb": state_bytes / 1e9, "peak_gb": rows[-1]["time/peak_mem_gb"],
             "response_length": lengths, "device": device, "dtype": str(common.compute_dtype(args.dtype, torch.device(
-                "cuda" if cuda else "cpu"))).removeprefix("torch."), "torch": torch.__version__}  # fmt: skip
+                "cuda" if cuda else "cpu"))).removeprefix("torch."), "torch": torch.__version__,
+            "transformers": transformers.__version__}  # fmt: skip
 
 
 def main(args: Args) -> None:
@@ -168,8 +169,8 @@ def main(args: Args) -> None:
         sys.exit(1)
     first = next(iter(runs.values()))[0]
     print(f"{args.size}, {args.rollout_batch_size} answers of {first['response_length']:.1f} tokens, {args.num_epochs} "
-          f"epochs x 2 minibatches, {first['dtype']}; {first['device']}, torch {first['torch']}; "
-          f"medians of at most {args.rounds}")  # fmt: skip
+          f"epochs x 2 minibatches, {first['dtype']}; {first['device']}, torch {first['torch']}, "
+          f"transformers {first['transformers']}; medians of at most {args.rounds}")  # fmt: skip
     print("\n| | rollout s | score s | update s | total s | state GB | peak GB |\n|---|---|---|---|---|---|---|")
     keys = (*PHASES, "state_gb", "peak_gb")
     for method, results in runs.items():
