@@ -963,9 +963,11 @@ def key_value_cache(model, length: int) -> DynamicCache | StaticCache:
 
     That is on a GPU, when all steps are alike: not with experts that Python picks, nor a sliding window that fills.
     """
-    static = StaticCache(model.config, max_cache_len=length)
-    alike = model._can_compile_fullgraph and all(getattr(x, "max_cache_len", 0) == length for x in static.layers)
-    return static if model.device.type == "cuda" and alike else DynamicCache(config=model.config)
+    if model.device.type == "cuda" and model._can_compile_fullgraph:
+        cache = StaticCache(model.config, max_cache_len=length)
+        if all(getattr(layer, "max_cache_len", 0) == length for layer in cache.layers):
+            return cache
+    return DynamicCache(config=model.config)
 
 
 def cuda_graph(step):

@@ -335,9 +335,10 @@ def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, tem
         positions = common.position_ids(attention_mask)
         running = torch.ones_like(response_mask[:, 0])
         cache = common.key_value_cache(model, P + R)
+        static = isinstance(cache, StaticCache)
         t = prompt_ids.new_zeros(1)  # the next token's column: a tensor, and all changes in place, for the graph's sake
 
-        def sample(tokens, positions):
+        def sample(tokens, attention_mask, positions):
             outputs = model.base_model(
                 tokens, attention_mask=attention_mask, position_ids=positions, use_cache=True, **{common.CACHE: cache}
             )
@@ -350,12 +351,14 @@ def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, tem
             running.logical_and_(~torch.isin(sampled, end_ids))
             t.add_(1)
 
-        step = lambda: sample(response_ids.index_select(1, t - 1), positions.index_select(1, P + t - 1))
-        sample(prompt_ids, positions[:, :P])
+        step = lambda: sample(response_ids.index_select(1, t - 1), seen, positions.index_select(1, P + t - 1))
+        seen = attention_mask if static else prompt_mask  # as wide as the cache
+        sample(prompt_ids, seen, positions[:, :P])
         for i in range(1, R):
             if not running.any():
                 break
-            if i == 2 and isinstance(cache, StaticCache):
+            seen = attention_mask if static else attention_mask[:, : P + i]
+            if static and i == 2:
                 step = common.cuda_graph(step)
             step()
     finally:

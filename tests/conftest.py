@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import common
 
@@ -53,6 +53,19 @@ def tiny_gpt2(tmp_path_factory) -> str:
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64,
                         initializer_range=0.2, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)  # fmt: skip
     GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_bloom(tmp_path_factory) -> str:
+    """Folder of a 2-layer, 32-wide language model with ALiBi positions."""
+    folder = tmp_path_factory.mktemp("tiny_bloom")
+    tokenizer = common.toy_tokenizer()
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=2, initializer_range=0.2,
+                         bos_token_id=None, eos_token_id=tokenizer.eos_token_id)  # fmt: skip
+    BloomForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

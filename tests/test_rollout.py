@@ -14,9 +14,10 @@ import common
 import train_dvpo
 
 
-@pytest.fixture(params=["tiny_model", "tiny_gpt2"])
+@pytest.fixture(params=["tiny_model", "tiny_gpt2", "tiny_bloom"])
 def model_path(request) -> str:
-    """Rotary positions, which only differences matter to, and learned ones, which padding must not shift."""
+    """Rotary positions, which only differences matter to, learned ones, which padding must not shift, and ALiBi's,
+    which are made of the mask and must be as many as the cache holds."""
     return request.getfixturevalue(request.param)
 
 
