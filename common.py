@@ -38,6 +38,7 @@ import transformers
 import tyro
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import cached_file
 
@@ -961,13 +962,18 @@ CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else 
 def key_value_cache(model, length: int) -> DynamicCache | StaticCache:
     """An empty cache for `length` tokens: static where a CUDA graph can repeat the model's step for one token.
 
-    That is on a GPU, when all steps are alike: not with experts that Python picks, nor a sliding window that fills.
+    That is on a GPU, where nothing in a step is for Python to decide or to count: no place in a sliding window, no
+    length that a rotary embedding is scaled to, no choice of experts, and the mask a plain one of SDPA.
     """
-    if model.device.type == "cuda" and model._can_compile_fullgraph:
-        cache = StaticCache(model.config, max_cache_len=length)
-        if all(getattr(layer, "max_cache_len", 0) == length for layer in cache.layers):
+    config, rope = model.config, getattr(model.config, "rope_parameters", None) or {}
+    plain = model._can_compile_fullgraph and config._attn_implementation == "sdpa"
+    plain = plain and rope.get("rope_type") not in ("dynamic", "longrope")
+    plain = plain and not any("expert" in name for name, _ in model.named_modules())
+    if model.device.type == "cuda" and plain:
+        cache = StaticCache(config, max_cache_len=length)
+        if all(type(layer) is StaticLayer for layer in cache.layers):
             return cache
-    return DynamicCache(config=model.config)
+    return DynamicCache(config=config)
 
 
 def cuda_graph(step):

@@ -135,11 +135,13 @@ def bradley_terry_loss(scores) -> torch.Tensor:
 # Copied from train_dvpo.shard
 def shard(model, mesh, dtype: torch.dtype):
     """FSDP2: every decoder layer is a unit, the rest another; computes in `dtype`, reduces gradients in fp32."""
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in common.decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     # After a forward pass the root stays whole for the backward pass, unless the model is frozen and none will come.
     trained = any(parameter.requires_grad for parameter in model.parameters())
+    # The root's inputs stay as they are: numbers to sample by would be coarse in bf16.
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     return fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=not trained)
 
 

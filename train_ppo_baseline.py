@@ -288,11 +288,13 @@ def clipped_value_loss(new_values, values, returns, mask, clip_coef: float) -> t
 # Copied from train_dvpo.shard
 def shard(model, mesh, dtype: torch.dtype):
     """FSDP2: every decoder layer is a unit, the rest another; computes in `dtype`, reduces gradients in fp32."""
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in common.decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     # After a forward pass the root stays whole for the backward pass, unless the model is frozen and none will come.
     trained = any(parameter.requires_grad for parameter in model.parameters())
+    # The root's inputs stay as they are: numbers to sample by would be coarse in bf16.
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     return fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=not trained)
 
 
@@ -338,9 +340,9 @@ def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, tem
         static = isinstance(cache, StaticCache)
         t = prompt_ids.new_zeros(1)  # the next token's column: a tensor, and all changes in place, for the graph's sake
 
-        def sample(tokens, attention_mask, positions):
+        def sample(tokens, seen, places):
             outputs = model.base_model(
-                tokens, attention_mask=attention_mask, position_ids=positions, use_cache=True, **{common.CACHE: cache}
+                tokens, attention_mask=seen, position_ids=places, use_cache=True, **{common.CACHE: cache}
             )
             logits = project(outputs.last_hidden_state[:, -1], model.get_output_embeddings().weight)  # (B, V)
             cumulative = torch.softmax(logits / temperature, 1).cumsum(1)  # (B, V)
@@ -358,7 +360,7 @@ def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, tem
             if not running.any():
                 break
             seen = attention_mask if static else attention_mask[:, : P + i]
-            if static and i == 2:
+            if static and i == 2:  # the first step of one token has warmed up what a graph cannot
                 step = common.cuda_graph(step)
             step()
     finally:
