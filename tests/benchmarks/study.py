@@ -21,8 +21,10 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
 import shutil
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -370,11 +372,16 @@ def run_cell(cell: Cell, folder: str) -> dict:
 
     import torch
 
+    import common
+
     torch.set_num_threads(1)
     os.makedirs(folder, exist_ok=True)
     os.chdir(folder)
+    made_with = {"commit": subprocess.getoutput(f"git -C {shlex.quote(str(ROOT))} describe --always --dirty"),
+                 **common.versions(), "cpu": torch.backends.cpu.get_cpu_capability()}  # fmt: skip
     row = {"key": cell.key, "experiment": cell.experiment, "method": cell.method, "setting": cell.setting,
-           "seed": cell.seed, "coef": cell.coef, "stages": cell.stages, "seconds": {}}  # fmt: skip
+           "seed": cell.seed, "coef": cell.coef, "stages": cell.stages, "made_with": made_with,
+           "seconds": {}}  # fmt: skip
     for script, flags in cell.stages:
         if Path(flags.get("reward_output_dir", ""), "model.safetensors").exists():
             flags["reward_path"] = flags["reward_output_dir"]
