@@ -966,10 +966,13 @@ def key_value_cache(model, length: int) -> DynamicCache | StaticCache:
     length that a rotary embedding is scaled to, no choice of experts, and the mask a plain one of SDPA.
     """
     config, rope = model.config, getattr(model.config, "rope_parameters", None) or {}
-    plain = model._can_compile_fullgraph and config._attn_implementation == "sdpa"
-    plain = plain and rope.get("rope_type") not in ("dynamic", "longrope")
-    plain = plain and not any("expert" in name for name, _ in model.named_modules())
-    if model.device.type == "cuda" and plain:
+    if (
+        model.device.type == "cuda"
+        and model._can_compile_fullgraph
+        and config._attn_implementation == "sdpa"
+        and rope.get("rope_type") not in ("dynamic", "longrope")
+        and not any("expert" in name for name, _ in model.named_modules())
+    ):
         cache = StaticCache(config, max_cache_len=length)
         if all(type(layer) is StaticLayer for layer in cache.layers):
             return cache

@@ -229,8 +229,9 @@ def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, tem
         for i in range(1, R):
             if not running.any():
                 break
-            seen = attention_mask if static else attention_mask[:, : P + i]
-            if static and i == 2:  # the first step of one token has warmed up what a graph cannot
+            if not static:
+                seen = attention_mask[:, : P + i]
+            elif i == 2:  # the first step of one token has warmed up what a graph cannot
                 step = common.cuda_graph(step)
             step()
     finally:
