@@ -7,8 +7,9 @@ For each policy: gold score (embedded task) and the GVM's verdict, KL to the ref
 answer ends by itself, and how often it beats the first policy on the same prompt. For the GVM: how often it prefers the
 better of two held-out answers, by several statistics of its token values and by how much of the answer it has seen.
 
-In: any number of NAME=PATH. Out: `results.json` and `report.html` in `--output-dir`. All intervals are 95 % bootstrap
-intervals over prompts. Shapes: B sequences, P prompt tokens (left-padded), R response tokens, V vocabulary, H hidden.
+In: any number of NAME=PATH. Out: `results.json`, `report.html` and, for judges elsewhere, `answers.json` in
+`--output-dir`. All intervals are 95 % bootstrap intervals over prompts.
+Shapes: B sequences, P prompt tokens (left-padded), R response tokens, V vocabulary, H hidden.
 """
 
 import gc
@@ -44,7 +45,7 @@ class Args:
     dataset: str = "toy"
     """"toy", a hub name or a local file or folder: its held-out part; as NAME:SPLIT: all of that split"""
     output_dir: str = "runs/eval"
-    """folder of results.json and report.html"""
+    """folder of results.json, report.html and answers.json"""
 
     # Sampling
     seed: int = 1
@@ -432,7 +433,8 @@ def main(args: Args) -> None:
     heldout, tokens = common.fit_prompts(tokenizer, heldout, args.max_prompt_length)
     unique = {str(example.prompt): (example, ids) for example, ids in zip(heldout, tokens)}
     asked, prompts = zip(*list(unique.values())[: args.num_prompts])
-    questions = [example.prompt[-1]["content"] for example in asked for _ in range(args.samples_per_prompt)]
+    asked = [example.prompt for example in asked for _ in range(args.samples_per_prompt)]  # messages
+    questions = [messages[-1]["content"] for messages in asked]
     repeated = [prompt for prompt in prompts for _ in range(args.samples_per_prompt)]
     common.log(f"{len(prompts)} held-out prompts x {args.samples_per_prompt} answers")
 
@@ -462,7 +464,7 @@ def main(args: Args) -> None:
     # ---- 4 Policies --------------------------------------------------------------------------------------------------
     by_prompt = lambda x: x.double().view(len(prompts), args.samples_per_prompt)
     samples = [["prompt", *paths], *([q] for q in questions[:: args.samples_per_prompt][:10])]
-    baseline = None
+    baseline, written = None, []
     for name, path in paths.items():
         policy = frozen(common.load_policy(path, tokenizer, dtype))
         policy = add_methods(policy, token_logprobs, generate)
@@ -485,6 +487,10 @@ def main(args: Args) -> None:
             row["win_rate"] = {**interval(common.wins(verdict, baseline)), "judge": judge, "against": next(iter(paths))}
         for table_row, text in zip(samples[1:], texts[:: args.samples_per_prompt]):
             table_row.append(text)
+        numbers = {"tokens": answers["response_mask"].sum(1), "kl": answers["kl"], **verdicts}
+        for i, text in enumerate(texts):  # `instruction`, `output` and `generator` are what AlpacaEval reads
+            row = {"prompt": asked[i], "instruction": questions[i], "output": text, "generator": name}
+            written.append({**row, **{key: x.flatten()[i].item() for key, x in numbers.items()}})
         common.log(f"{name}: done")
         del policy
         gc.collect()  # the model and its methods refer to each other: without it, its memory would stay taken
@@ -514,6 +520,7 @@ def main(args: Args) -> None:
     # ---- 6 Report ----------------------------------------------------------------------------------------------------
     if dist.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        (folder / "answers.json").write_text(json.dumps(written, indent=2) + "\n")
         write_html(folder / "report.html", results, samples)
     table = policy_table(results["policies"])
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
@@ -527,7 +534,7 @@ def main(args: Args) -> None:
             common.log("\n".join([f"{'written by':<24}prompt value final value  mean label correlation", *rows]))
         if "gold_pair_accuracy" in results["gvm"]:
             common.log(f"pair accuracy of the gold score itself: {results['gvm']['gold_pair_accuracy']:.3f}")
-    common.log(f"wrote {args.output_dir}/results.json and {args.output_dir}/report.html")
+    common.log(f"wrote results.json, report.html and answers.json in {args.output_dir}")
     common.end_processes()
 
 

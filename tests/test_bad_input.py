@@ -524,7 +524,7 @@ def test_names_are_no_paths(tiny_model, tmp_path):
     evaluate.main(evaluate.Args(tuple(f"{name}={tiny_model}" for name in names), tiny_model, None, num_prompts=2,
                                 output_dir=str(tmp_path / "a" / "b" / "out")))  # fmt: skip
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert files == {"a/b/out/results.json", "a/b/out/report.html"}
+    assert files == {"a/b/out/results.json", "a/b/out/report.html", "a/b/out/answers.json"}
     assert "<script" not in (tmp_path / "a/b/out/report.html").read_text()
 
 

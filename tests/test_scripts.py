@@ -211,6 +211,15 @@ def test_evaluation_reports_every_policy_and_the_gvm(chain):
     skill = {name: row["mean_label"] for name, row in results["gvm"]["by_policy"].items()}
     assert skill["expert"] > skill["careful"] > skill["careless"]
     assert 0.7 < results["gvm"]["gold_pair_accuracy"] < 0.9
+    answers = json.loads((chain / "eval" / "answers.json").read_text())
+    for name, row in results["policies"].items():  # every answer, with what the means are of
+        mine = [answer for answer in answers if answer["generator"] == name]
+        assert len(mine) == 32 and all(a["prompt"][-1]["content"] == a["instruction"] for a in mine)
+        assert [a["gold"] for a in mine] == [common.toy_gold(a["instruction"], a["output"]) for a in mine]
+        means = {"gold": row["gold"]["mean"], "gvm_score": row["gvm_score"]["mean"], "kl": row["kl"]}
+        means["tokens"] = row["response_length"]
+        for key, mean in means.items():
+            assert sum(a[key] for a in mine) / len(mine) == pytest.approx(mean, abs=1e-5), key
     page = (chain / "eval" / "report.html").read_text()
     assert "default-src 'none'" in page and "<script" not in page and "&lt;" not in page.split("<h2>")[1]
 
