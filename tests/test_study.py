@@ -64,6 +64,15 @@ def test_the_report_is_that_of_the_rows(results, tmp_path):
         assert float(again) == pytest.approx(float(committed), abs=0.0011)
 
 
+def test_the_readme_says_what_the_reports_say():
+    """Every interval and every difference with a margin in the README's study stands in one of the reports."""
+    readme = (BENCHMARKS.parents[1] / "README.md").read_text()
+    study_part = readme.split("## Results")[1].split("### Real pairs")[0].replace("−", "-")
+    figures = re.findall(r"-?\d\.\d{3} \[[^\]]+\]|\d\.\d{3} ± \d\.\d{3}", study_part)
+    reports = "".join((results / "report.md").read_text() for results in RESULTS)
+    assert len(figures) > 200 and [figure for figure in figures if figure not in reports] == []
+
+
 @pytest.mark.parametrize("results", RESULTS)
 def test_rows_can_be_made_again(results):
     """A committed run of our own trainers that bears the name of one of the study's had the same flags."""
