@@ -374,15 +374,17 @@ def value_models(rows: list[dict]) -> None:
                 cells = [show([row["gvm"]["by_fraction"][f][key] for row in members]) for f in fractions]
                 lines.append([setting, str(len(members)), key.replace("_", " "), *cells])
     table("GVM | seeds | | 0 % | 25 % | 50 % | 75 % | 100 %", lines)
-    accuracy = lambda row: {f: x["pair_accuracy"] for f, x in row["gvm"]["by_fraction"].items()}
-    at = {setting: {row["seed"]: accuracy(row) for row in members}
-          for (_, setting), members in groups.items() if setting.startswith("six passes more")}  # fmt: skip
-    control, lines = at.pop("six passes more", {}), []
-    for setting, accuracies in at.items():
-        both = [(accuracies[seed], control[seed]) for seed in sorted(accuracies.keys() & control.keys())]
+    measured = lambda row: [*(x["pair_accuracy"] for x in row["gvm"]["by_fraction"].values()),
+                            row["policy"]["gold"]["mean"]]  # fmt: skip
+    runs = {setting: {row["seed"]: measured(row) for row in members}
+            for (_, setting), members in groups.items() if setting.startswith("six passes more")}  # fmt: skip
+    control, lines = runs.pop("six passes more", {}), []
+    for setting, members in runs.items():
+        both = sorted(members.keys() & control.keys())
         if len(both) > 1:
-            lines.append([setting, *(paired(*zip(*((x[f], y[f]) for x, y in both))) for f in ("0.5", "0.75", "1"))])
-    table("less the control, pair accuracy | 50 % | 75 % | 100 %", lines)
+            ours, theirs = (zip(*(run[seed] for seed in both)) for run in (members, control))
+            lines.append([setting, *map(paired, ours, theirs)])
+    table("less the control | pair accuracy: 0 % | 25 % | 50 % | 75 % | 100 % | DVPO gold", lines)
     policies = defaultdict(list)
     for row in rows:
         if row["experiment"] == "base" and row["method"] == "gvm":
