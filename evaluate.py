@@ -488,9 +488,10 @@ def main(args: Args) -> None:
         for table_row, text in zip(samples[1:], texts[:: args.samples_per_prompt]):
             table_row.append(text)
         numbers = {"tokens": answers["response_mask"].sum(1), "kl": answers["kl"], **verdicts}
+        numbers = {key: x.flatten().tolist() for key, x in numbers.items()}
         for i, text in enumerate(texts):  # `instruction`, `output` and `generator` are what AlpacaEval reads
-            row = {"prompt": asked[i], "instruction": questions[i], "output": text, "generator": name}
-            written.append({**row, **{key: x.flatten()[i].item() for key, x in numbers.items()}})
+            written.append({"prompt": asked[i], "instruction": questions[i], "output": text, "generator": name,
+                            **{key: x[i] for key, x in numbers.items()}})  # fmt: skip
         common.log(f"{name}: done")
         del policy
         gc.collect()  # the model and its methods refer to each other: without it, its memory would stay taken
