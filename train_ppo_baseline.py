@@ -44,6 +44,8 @@ class Args:
     """policy and KL reference: local folder or hub id"""
     reward_path: str | None = None
     """sequence-classification reward model: local folder or hub id; None trains one first: --reward-output-dir"""
+    critic_path: str | None = None
+    """value model that the critic starts from, a GVM perhaps: local folder or hub id; None is the RM"""
     dataset: str = "toy"
     """prompts, and pairs for the RM: "toy", or NAME or NAME:SPLIT of a hub or local dataset"""
     output_dir: str = "runs/ppo"
@@ -485,6 +487,8 @@ def main(args: Args) -> None:
 
     # ---- 2 Data ------------------------------------------------------------------------------------------------------
     tokenizer = common.load_tokenizer(args.model_path)
+    if args.critic_path is not None:
+        common.check_same_tokenizer(args.model_path, tokenizer, args.critic_path)
     examples, _ = common.load_examples(args.dataset, needs="prompts")
     examples = list({str(example.prompt): example for example in examples}.values())  # each prompt once
     examples, all_prompts = common.fit_prompts(tokenizer, examples, args.max_prompt_length)
@@ -507,7 +511,8 @@ def main(args: Args) -> None:
     reference = add_methods(shard(reference, mesh, dtype), token_logprobs)
     rm = common.load_value_model(reward_path, tokenizer, dtype, False, AutoModelForSequenceClassification)
     rm = add_methods(shard(rm.eval().requires_grad_(False), mesh, dtype), token_values)
-    critic = common.load_value_model(reward_path, tokenizer, torch.float32, fresh_head=False).train()
+    critic_path = reward_path if args.critic_path is None else args.critic_path
+    critic = common.load_value_model(critic_path, tokenizer, torch.float32, fresh_head=False).train()
     if args.gradient_checkpointing:
         critic.gradient_checkpointing_enable({"use_reentrant": False})
     critic = add_methods(shard(critic, mesh, dtype), token_values)

@@ -43,7 +43,16 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "peers")]
 
 STUDY = ("base", "frontier", "advantage", "gvm", "stability", "unreliable")  # three seeds in some three hours
-MORE = ("equal_time", "equal_time_fast", "trajectories", "uncentered", "ppo_variants", "judges", "tuning")
+MORE = (
+    "equal_time",
+    "equal_time_fast",
+    "equal_time_one_pass",
+    "trajectories",
+    "uncentered",
+    "ppo_variants",
+    "judges",
+    "tuning",
+)
 COEFS = {  # of the KL to the reference: kl_coef (DVPO, PPO), beta (GRPO, DPO)
     "dvpo": (0.2, 0.1, 0.05, 0.025, 0.0125),
     "ppo": (0.4, 0.2, 0.1, 0.05, 0.025),
@@ -52,7 +61,8 @@ COEFS = {  # of the KL to the reference: kl_coef (DVPO, PPO), beta (GRPO, DPO)
 }
 DEFAULT = {"dvpo": 0.05, "ppo": 0.1}
 RATES = (3e-4, 1.2e-3)  # half and twice the default
-EQUAL_TIME = 190  # updates that PPO makes while DVPO makes its 300, by 0.63 of the time: `speed.py`
+EQUAL_TIME = 190  # updates that PPO makes while DVPO makes its 300, by the median times of the default runs
+ONE_PASS = 287  # the same, where PPO makes one pass over each rollout instead of two
 GVMS = {  # the value model changed; three passes through its pairs where nothing else is said
     "paper's loss": {"td_lambda": 0.0, "bt_coef": 0.0},
     "td_lambda=0": {"td_lambda": 0.0},
@@ -86,6 +96,7 @@ PPO_VARIANTS = {  # what DVPO was given or had tried, given to PPO
     "centered, kl_coef=0.025": {"centered": True, "kl_coef": 0.025},
     "gae_lambda=1": {"gae_lambda": 1.0},
     "twice the passes": {"reward_path": None, "reward_output_dir": "rm-twice_the_passes", "reward_num_epochs": 6},
+    "critic from GVM": {"critic_path": "gvm"},
 }
 
 JUDGE_SEEDS = (8, 100, 101, 102)  # 8: where the value model had not learned enough in 1,500 updates of 64 answers
@@ -148,6 +159,7 @@ TUNING = {  # all that was tried; the defaults are the best of it, as far as one
         # and where it is compared with DVPO
         *({"learning_rate": 3e-4, "beta": beta, "num_epochs": 3} for beta in (1.0, 2.0)),
         *({"learning_rate": rate, "beta": 1.0, "num_epochs": 3} for rate in (1e-4, 1e-3)),
+        *({"learning_rate": rate, "beta": 1.0, "num_epochs": 3, "batch_size": 16} for rate in (1.5e-4, 3e-4)),
     ),
 }
 
@@ -220,11 +232,13 @@ def cells(experiment: str, seed: int) -> list[Cell]:
         flag = {"dvpo": "kl_coef", "ppo": "kl_coef", "grpo": "beta", "dpo": "beta"}
         return [train(method, f"{flag[method]}={coef:g}", {flag[method]: coef}, coef=coef)
                 for method in COEFS for coef in COEFS[method] if coef != DEFAULT.get(method)]  # fmt: skip
-    if experiment in ("equal_time", "equal_time_fast"):  # a shorter run might want larger steps
-        short = {"num_updates": EQUAL_TIME}
-        if experiment == "equal_time_fast":
-            short["learning_rate"] = max(RATES)
-        return [train("ppo", f"{EQUAL_TIME} updates, kl_coef={coef:g}", {**short, "kl_coef": coef}, coef=coef)
+    if experiment.startswith("equal_time"):
+        short = {
+            "equal_time": {"num_updates": EQUAL_TIME},
+            "equal_time_fast": {"num_updates": EQUAL_TIME, "learning_rate": max(RATES)},  # it might want larger steps
+            "equal_time_one_pass": {"num_updates": ONE_PASS, "num_epochs": 1},  # or fresh answers more often
+        }[experiment]
+        return [train("ppo", f"{short['num_updates']} updates, kl_coef={coef:g}", {**short, "kl_coef": coef}, coef=coef)
                 for coef in COEFS["ppo"][1:]]  # fmt: skip
     if experiment == "uncentered":
         return [train("dvpo", f"gae_uncentered, kl_coef={coef:g}", {"advantage": "gae_uncentered", "kl_coef": coef},
@@ -242,7 +256,8 @@ def cells(experiment: str, seed: int) -> list[Cell]:
             made.append(cell)
         return made
     if experiment == "advantage":
-        return [train("dvpo", setting, flags, coef=DEFAULT["dvpo"]) for setting, flags in ADVANTAGES.items()]
+        return [train("dvpo", setting, flags, coef=flags.get("kl_coef", DEFAULT["dvpo"]))
+                for setting, flags in ADVANTAGES.items()]  # fmt: skip
     if experiment == "stability":
         return [train(method, f"learning_rate={rate:g}", {"learning_rate": rate}, coef=DEFAULT[method])
                 for method in ("dvpo", "ppo") for rate in RATES]  # fmt: skip

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from study import COEFS, DEFAULT, EQUAL_TIME, TUNING_SEED
+from study import COEFS, DEFAULT, EQUAL_TIME, ONE_PASS, TUNING_SEED
 
 FOLDER = Path(__file__).parent / "results"
 # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom; the last one serves for all above.
@@ -30,9 +30,10 @@ T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2
 SEEN = (1, 2, 3, 4, 5)  # seeds on which DVPO was found behind PPO (all five) and centring chosen (the first three)
 FAR_APART = 2.5  # nats between neighbouring coefficients beyond which nothing is interpolated
 COLORS = {"dvpo": "#c0392b", "uncentered": "#e59866", "ppo": "#2471a3", "equal_time": "#7fb3d5",
-          "equal_time_fast": "#a9cce3", "grpo": "#229954", "dpo": "#7d3c98", "sft": "#555555"}  # fmt: skip
+          "equal_time_fast": "#a9cce3", "equal_time_one_pass": "#1b4f72", "grpo": "#229954", "dpo": "#7d3c98", "sft": "#555555"}  # fmt: skip
 NAMES = {"sft": "SFT", "dvpo": "DVPO", "uncentered": "DVPO, gae_uncentered", "ppo": "PPO",
          "equal_time": f"PPO, {EQUAL_TIME} updates", "equal_time_fast": f"PPO, {EQUAL_TIME} updates, twice the rate",
+         "equal_time_one_pass": f"PPO, {ONE_PASS} updates of one pass",
          "grpo": "GRPO (TRL)", "dpo": "DPO (TRL)"}  # fmt: skip
 
 
@@ -104,7 +105,7 @@ def policy_cells(members: list[dict]) -> list[str]:
 # ---- Frontier --------------------------------------------------------------------------------------------------------
 def frontier(rows: list[dict], folder: Path, plt) -> None:
     points = defaultdict(list)
-    for experiment in ("base", "frontier", "uncentered", "equal_time", "equal_time_fast"):
+    for experiment in ("base", "frontier", "uncentered", "equal_time", "equal_time_fast", "equal_time_one_pass"):
         for (method, _), members in group(rows, experiment).items():
             if "policy" in members[0]:
                 points[experiment if experiment in NAMES else method].append(members)
@@ -113,7 +114,7 @@ def frontier(rows: list[dict], folder: Path, plt) -> None:
     lines = []
     figure, axis = plt.subplots(figsize=(7, 4.5))
     for method, settings in points.items():
-        settings.sort(key=lambda members: -(members[0]["coef"] or 0))
+        settings.sort(key=lambda members: leash(members[0]))
         for members in settings:
             coef = "-" if members[0]["coef"] is None else f"{members[0]['coef']:g}"
             lines.append([NAMES[method], coef, *policy_cells(members)])
@@ -138,11 +139,12 @@ def frontier(rows: list[dict], folder: Path, plt) -> None:
     dvpo, uncentered = curves.get("dvpo", {}), curves.get("uncentered", {})
     fresh = {seed: curve for seed, curve in dvpo.items() if seed not in SEEN}
     pairs = [(dvpo, "ppo"), (fresh, "ppo"), (uncentered, "ppo"), (dvpo, "equal_time"), (dvpo, "equal_time_fast"),
-             (dvpo, "grpo"), (dvpo, "dpo")]  # fmt: skip
+             (dvpo, "equal_time_one_pass"), (dvpo, "grpo"), (dvpo, "dpo")]  # fmt: skip
     lines = [[f"{kl:g}", *(at_equal_kl(ours, curves.get(other, {}), kl) for ours, other in pairs)]
              for kl in (0.95, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0)]  # fmt: skip
     table("KL | DVPO - PPO | the same, seeds that centring was not seen to be needed on | gae_uncentered - PPO | "
-          f"DVPO - {NAMES['equal_time']} | DVPO - {NAMES['equal_time_fast']} | DVPO - GRPO (TRL) | DVPO - DPO (TRL)",
+          f"DVPO - {NAMES['equal_time']} | DVPO - {NAMES['equal_time_fast']} | "
+          f"DVPO - {NAMES['equal_time_one_pass']} | DVPO - GRPO (TRL) | DVPO - DPO (TRL)",
           lines)  # fmt: skip
 
     print("\n## Seed by seed: the defaults, and DVPO's gold less that of the others at 2 nats")
@@ -172,10 +174,15 @@ def frontier(rows: list[dict], folder: Path, plt) -> None:
         table(" | ".join(["coefficient", *(f"seed {seed}" for seed in seeds)]), lines)
 
 
+def leash(row: dict) -> float:
+    """Sorts runs by their KL coefficient, the largest first; SFT, which has none, before all."""
+    return -math.inf if row["coef"] is None else -row["coef"]
+
+
 def by_seed(rows) -> dict[int, list[tuple[float, float]]]:
     """(KL, gold) of the runs of each seed, in the order of their coefficients, SFT first."""
     curves = defaultdict(list)
-    for row in sorted(rows, key=lambda row: -(row["coef"] or math.inf)):
+    for row in sorted(rows, key=leash):
         curves[row["seed"]].append((row["policy"]["kl"], row["policy"]["gold"]["mean"]))
     return curves
 
