@@ -1073,7 +1073,7 @@ def load_value_model(path: str, tokenizer, dtype: torch.dtype, fresh_head: bool,
     right = fresh_head or config.num_labels == 1
     check(right, f"{path}: the head has {config.num_labels} outputs, expected 1; is it a GVM or a reward model?")
     config.num_labels, config.classifier_dropout, config.token_classification_bias = 1, 0.0, False
-    config.pad_token_id = tokenizer.pad_token_id  # by which other code finds an answer's end
+    config.pad_token_id = tokenizer.pad_token_id  # transformers' own head finds an answer's end by it
     model, info = load_pretrained(auto_class, path, config=config, dtype=dtype,
                                   use_safetensors=True, output_loading_info=True)  # fmt: skip
     head = getattr(model, "score", None)

@@ -30,7 +30,8 @@ T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2
 SEEN = (1, 2, 3, 4, 5)  # seeds on which DVPO was found behind PPO (all five) and centring chosen (the first three)
 FAR_APART = 2.5  # nats between neighbouring coefficients beyond which nothing is interpolated
 COLORS = {"dvpo": "#c0392b", "uncentered": "#e59866", "ppo": "#2471a3", "equal_time": "#7fb3d5",
-          "equal_time_fast": "#a9cce3", "equal_time_one_pass": "#1b4f72", "grpo": "#229954", "dpo": "#7d3c98", "sft": "#555555"}  # fmt: skip
+          "equal_time_fast": "#a9cce3", "equal_time_one_pass": "#1b4f72", "grpo": "#229954", "dpo": "#7d3c98",
+          "sft": "#555555"}  # fmt: skip
 NAMES = {"sft": "SFT", "dvpo": "DVPO", "uncentered": "DVPO, gae_uncentered", "ppo": "PPO",
          "equal_time": f"PPO, {EQUAL_TIME} updates", "equal_time_fast": f"PPO, {EQUAL_TIME} updates, twice the rate",
          "equal_time_one_pass": f"PPO, {ONE_PASS} updates of one pass",

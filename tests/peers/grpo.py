@@ -21,6 +21,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import common  # noqa: E402
+from train_ppo_baseline import token_values  # noqa: E402
 
 
 @dataclass
@@ -70,6 +71,7 @@ def main(args: Args) -> None:
         max_completion_length=args.response_length,
         temperature=1.0,
         top_k=0,
+        chat_template_kwargs={"date_string": common.FIXED_DATE, "enable_thinking": False},  # as everywhere here
         seed=args.seed,
         bf16=torch.cuda.is_available(),
         gradient_checkpointing=torch.cuda.is_available(),
@@ -78,13 +80,22 @@ def main(args: Args) -> None:
         report_to="none",
         disable_tqdm=True,
     )
+    rm = common.load_value_model(args.reward_path, tokenizer, torch.float32, False, AutoModelForSequenceClassification)
+    rm = rm.eval().to(config.device)
+
+    @torch.no_grad()
+    def score(prompts, completion_ids, **_):
+        """PPO's score. Given the RM, TRL would look for an answer's end by token id, and EOS may be padding, too."""
+        prompt_ids = [common.tokenize_prompt(tokenizer, prompt) for prompt in prompts]
+        batch = common.pad_batch(prompt_ids, completion_ids, tokenizer.pad_token_id, config.device)
+        return common.last_values(token_values(rm, **batch), batch["response_mask"]).tolist()
+
     trainer = GRPOTrainer(
         AutoModelForCausalLM.from_pretrained(args.model_path, dtype=torch.float32),
-        reward_funcs=AutoModelForSequenceClassification.from_pretrained(args.reward_path, dtype=torch.float32),
+        reward_funcs=score,
         args=config,
         train_dataset=datasets.Dataset.from_list(prompts),
         processing_class=tokenizer,
-        reward_processing_classes=common.load_tokenizer(args.reward_path),
     )
     trainer.train()
     trainer.save_model()  # with the tokenizer
