@@ -950,7 +950,7 @@ def condition(prompt_ids: list[int], trajectories: list[Trajectory], max_length:
     """The prompt with `trajectories` (tau in the paper) in front, each cut to `max_length` tokens."""
     context = []
     for before, answer in trajectories:
-        context += (before[-(max_length // 2) :] + answer)[:max_length]
+        context += (before[max(0, len(before) - max_length // 2) :] + answer)[:max_length]
     return context + prompt_ids
 
 

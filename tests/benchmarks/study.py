@@ -159,7 +159,8 @@ TUNING = {  # all that was tried; the defaults are the best of it, as far as one
         # and where it is compared with DVPO
         *({"learning_rate": 3e-4, "beta": beta, "num_epochs": 3} for beta in (1.0, 2.0)),
         *({"learning_rate": rate, "beta": 1.0, "num_epochs": 3} for rate in (1e-4, 1e-3)),
-        *({"learning_rate": rate, "beta": 1.0, "num_epochs": 3, "batch_size": 16} for rate in (1.5e-4, 3e-4)),
+        *({"learning_rate": rate, "beta": 1.0, "num_epochs": 3, "batch_size": 16} for rate in (1.5e-4, 3e-4, 6e-4)),
+        {"learning_rate": 3e-4, "beta": 1.0, "num_epochs": 3, "batch_size": 8},
     ),
 }
 
