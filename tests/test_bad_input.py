@@ -378,6 +378,10 @@ def test_a_reward_model_without_a_name(fails, tiny_model):
     fails(train_ppo_baseline, "cannot load", model_path=tiny_model, reward_path="")
 
 
+def test_a_critic_is_missing_before_a_reward_model_is_trained(fails, tiny_model):
+    fails(train_ppo_baseline, "runs/nowhere: no such folder", model_path=tiny_model, critic_path="runs/nowhere")
+
+
 def test_a_tokenizer_without_chat_templates(fails, tiny_model, monkeypatch):
     """What transformers makes of a Mistral model where the package mistral-common is installed."""
 

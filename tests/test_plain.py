@@ -62,10 +62,18 @@ def assert_moved_alike(folder, model, start):
 
 
 # ---- DVPO and PPO ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("module", [train_dvpo, train_ppo_baseline])
-def test_policy_updates(module, tiny_model, tiny_gvm, tmp_path):
-    dvpo = module is train_dvpo
+@pytest.mark.parametrize("method", ["DVPO", "PPO", "PPO with a critic of its own"])
+def test_policy_updates(method, tiny_model, tiny_gvm, tmp_path):
+    dvpo, tokenizer = method == "DVPO", common.load_tokenizer(tiny_model)
+    module = train_dvpo if dvpo else train_ppo_baseline
     more = {"gvm_path": tiny_gvm} if dvpo else {"reward_path": tiny_gvm, "missing_eos_penalty": 0.7}
+    judge, critic = (AutoModelForTokenClassification.from_pretrained(tiny_gvm) for _ in range(2))
+    if method.endswith("its own"):
+        more["critic_path"] = str(tmp_path / "critic")
+        with torch.no_grad():
+            critic.score.weight += 0.1
+        critic.save_pretrained(more["critic_path"])
+        tokenizer.save_pretrained(more["critic_path"])
     args = module.Args(
         tiny_model, output_dir=str(tmp_path / "out"), num_updates=3, rollout_batch_size=12, micro_batch_size=4,
         response_length=9, temperature=0.7, gamma=0.98, gae_lambda=0.9, kl_coef=0.3, kl_target=2.0, learning_rate=4e-3,
@@ -74,10 +82,8 @@ def test_policy_updates(module, tiny_model, tiny_gvm, tmp_path):
     module.main(args)
 
     policy, reference = (AutoModelForCausalLM.from_pretrained(tiny_model) for _ in range(2))
-    judge, critic = (AutoModelForTokenClassification.from_pretrained(tiny_gvm) for _ in range(2))
     optimizer = torch.optim.AdamW(policy.parameters(), eps=1e-5, weight_decay=0.0)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), eps=1e-5, weight_decay=0.0)
-    tokenizer = common.load_tokenizer(tiny_model)
     prompts = list(dict.fromkeys(str(e.prompt[0]["content"]) for e in common.toy_examples()[0]))
     prompts = [common.tokenize_prompt(tokenizer, [{"role": "user", "content": text}]) for text in prompts]
     B, kl_coef, clipped_tokens, unfinished = args.rollout_batch_size, args.kl_coef, 0, 0
