@@ -141,6 +141,11 @@ TUNING = {  # all that was tried; the defaults are the best of it, as far as one
         {"learning_rate": 6e-4, "critic_learning_rate": 3e-4},
         {"learning_rate": 6e-4, "critic_learning_rate": 1e-4},
         {"learning_rate": 6e-4, "critic_learning_rate": 3e-4, "value_clip_coef": 5.0},
+        # and in DVPO's time, with one pass over each rollout
+        *(
+            {"num_updates": ONE_PASS, "num_epochs": 1, "kl_coef": 0.05, "learning_rate": rate}
+            for rate in (3e-4, 6e-4, 1.2e-3)
+        ),
     ),
     "grpo": (
         {"learning_rate": 1e-4},
