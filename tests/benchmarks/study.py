@@ -47,6 +47,7 @@ MORE = (
     "equal_time",
     "equal_time_fast",
     "equal_time_one_pass",
+    "equal_time_one_pass_fast",
     "trajectories",
     "uncentered",
     "ppo_variants",
@@ -62,7 +63,7 @@ COEFS = {  # of the KL to the reference: kl_coef (DVPO, PPO), beta (GRPO, DPO)
 DEFAULT = {"dvpo": 0.05, "ppo": 0.1}
 RATES = (3e-4, 1.2e-3)  # half and twice the default
 EQUAL_TIME = 190  # updates that PPO makes while DVPO makes its 300, by the median times of the default runs
-ONE_PASS = 287  # the same, where PPO makes one pass over each rollout instead of two
+ONE_PASS = {"dvpo": 400, "ppo": 287}  # updates in that time with one pass over each rollout instead of two
 GVMS = {  # the value model changed; three passes through its pairs where nothing else is said
     "paper's loss": {"td_lambda": 0.0, "bt_coef": 0.0},
     "td_lambda=0": {"td_lambda": 0.0},
@@ -125,6 +126,10 @@ TUNING = {  # all that was tried; the defaults are the best of it, as far as one
         {"learning_rate": 6e-4},
         {"learning_rate": 3e-4, "gae_lambda": 1.0},
         {"learning_rate": 3e-4, "kl_coef": 0.1},
+        *(
+            {"num_updates": ONE_PASS["dvpo"], "num_epochs": 1, "kl_coef": 0.025, "learning_rate": rate}
+            for rate in (6e-4, 1.2e-3)
+        ),
         # and the paper's and the released code's advantages, which might want smaller steps or a shorter leash
         *(
             {"advantage": advantage, "learning_rate": rate, "kl_coef": coef}
@@ -143,7 +148,7 @@ TUNING = {  # all that was tried; the defaults are the best of it, as far as one
         {"learning_rate": 6e-4, "critic_learning_rate": 3e-4, "value_clip_coef": 5.0},
         # and in DVPO's time, with one pass over each rollout
         *(
-            {"num_updates": ONE_PASS, "num_epochs": 1, "kl_coef": 0.05, "learning_rate": rate}
+            {"num_updates": ONE_PASS["ppo"], "num_epochs": 1, "kl_coef": 0.05, "learning_rate": rate}
             for rate in (3e-4, 6e-4, 1.2e-3)
         ),
     ),
@@ -165,7 +170,7 @@ TUNING = {  # all that was tried; the defaults are the best of it, as far as one
         *({"learning_rate": 3e-4, "beta": beta, "num_epochs": 3} for beta in (1.0, 2.0)),
         *({"learning_rate": rate, "beta": 1.0, "num_epochs": 3} for rate in (1e-4, 1e-3)),
         *({"learning_rate": rate, "beta": 1.0, "num_epochs": 3, "batch_size": 16} for rate in (1.5e-4, 3e-4, 6e-4)),
-        {"learning_rate": 3e-4, "beta": 1.0, "num_epochs": 3, "batch_size": 8},
+        *({"learning_rate": rate, "beta": 1.0, "num_epochs": 3, "batch_size": 8} for rate in (3e-4, 6e-4)),
     ),
 }
 
@@ -242,7 +247,8 @@ def cells(experiment: str, seed: int) -> list[Cell]:
         short = {
             "equal_time": {"num_updates": EQUAL_TIME},
             "equal_time_fast": {"num_updates": EQUAL_TIME, "learning_rate": max(RATES)},  # it might want larger steps
-            "equal_time_one_pass": {"num_updates": ONE_PASS, "num_epochs": 1},  # or fresh answers more often
+            "equal_time_one_pass": {"num_updates": ONE_PASS["ppo"], "num_epochs": 1},  # or fresh answers more often
+            "equal_time_one_pass_fast": {"num_updates": ONE_PASS["ppo"], "num_epochs": 1, "learning_rate": max(RATES)},
         }[experiment]
         return [train("ppo", f"{short['num_updates']} updates, kl_coef={coef:g}", {**short, "kl_coef": coef}, coef=coef)
                 for coef in COEFS["ppo"][1:]]  # fmt: skip
