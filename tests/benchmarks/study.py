@@ -43,22 +43,13 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "peers")]
 
 STUDY = ("base", "frontier", "advantage", "gvm", "stability", "unreliable")  # three seeds in some three hours
-MORE = (
-    "equal_time",
-    "equal_time_fast",
-    "equal_time_one_pass",
-    "equal_time_one_pass_fast",
-    "trajectories",
-    "uncentered",
-    "ppo_variants",
-    "judges",
-    "tuning",
-)
+EQUAL_TIMES = ("equal_time", "equal_time_fast", "equal_time_one_pass", "equal_time_one_pass_fast")
+MORE = (*EQUAL_TIMES, "dvpo_one_pass_fast", "trajectories", "uncentered", "ppo_variants", "judges", "tuning")
 COEFS = {  # of the KL to the reference: kl_coef (DVPO, PPO), beta (GRPO, DPO)
     "dvpo": (0.2, 0.1, 0.05, 0.025, 0.0125),
     "ppo": (0.4, 0.2, 0.1, 0.05, 0.025),
     "grpo": (0.64, 0.32, 0.16, 0.08, 0.04),
-    "dpo": (4.0, 2.0, 1.0, 0.5, 0.25),
+    "dpo": (2.0, 1.4, 1.0, 0.7, 0.5),
 }
 DEFAULT = {"dvpo": 0.05, "ppo": 0.1}
 RATES = (3e-4, 1.2e-3)  # half and twice the default
@@ -243,7 +234,7 @@ def cells(experiment: str, seed: int) -> list[Cell]:
         flag = {"dvpo": "kl_coef", "ppo": "kl_coef", "grpo": "beta", "dpo": "beta"}
         return [train(method, f"{flag[method]}={coef:g}", {flag[method]: coef}, coef=coef)
                 for method in COEFS for coef in COEFS[method] if coef != DEFAULT.get(method)]  # fmt: skip
-    if experiment.startswith("equal_time"):
+    if experiment in EQUAL_TIMES:
         short = {
             "equal_time": {"num_updates": EQUAL_TIME},
             "equal_time_fast": {"num_updates": EQUAL_TIME, "learning_rate": max(RATES)},  # it might want larger steps
@@ -252,6 +243,10 @@ def cells(experiment: str, seed: int) -> list[Cell]:
         }[experiment]
         return [train("ppo", f"{short['num_updates']} updates, kl_coef={coef:g}", {**short, "kl_coef": coef}, coef=coef)
                 for coef in COEFS["ppo"][1:]]  # fmt: skip
+    if experiment == "dvpo_one_pass_fast":
+        flags = {"num_updates": ONE_PASS["dvpo"], "num_epochs": 1, "learning_rate": max(RATES)}
+        return [train("dvpo", f"{ONE_PASS['dvpo']} updates, kl_coef={coef:g}", {**flags, "kl_coef": coef}, coef=coef)
+                for coef in COEFS["dvpo"][1:]]  # fmt: skip
     if experiment == "uncentered":
         return [train("dvpo", f"gae_uncentered, kl_coef={coef:g}", {"advantage": "gae_uncentered", "kl_coef": coef},
                       coef=coef) for coef in COEFS["dvpo"]]  # fmt: skip
