@@ -154,14 +154,20 @@ TUNING = {  # all that was tried; the defaults are the best of it, as far as one
         {"learning_rate": 1.2e-3, "beta": 0.16},
     ),
     "dpo": (
-        *({"learning_rate": rate, "beta": 0.1, "num_epochs": 1} for rate in (3e-5, 1e-4, 3e-4, 1e-3)),
-        {"learning_rate": 1e-4, "beta": 0.1, "num_epochs": 2},
-        *({"learning_rate": rate, "beta": beta, "num_epochs": 1} for rate in (1e-4, 3e-4) for beta in (0.3, 1.0)),
+        *({"learning_rate": rate, "beta": 0.1, "num_epochs": 1, "batch_size": 32} for rate in (3e-5, 1e-4, 3e-4, 1e-3)),
+        {"learning_rate": 1e-4, "beta": 0.1, "num_epochs": 2, "batch_size": 32},
+        *(
+            {"learning_rate": rate, "beta": beta, "num_epochs": 1, "batch_size": 32}
+            for rate in (1e-4, 3e-4)
+            for beta in (0.3, 1.0)
+        ),
         # and where it is compared with DVPO
-        *({"learning_rate": 3e-4, "beta": beta, "num_epochs": 3} for beta in (1.0, 2.0)),
-        *({"learning_rate": rate, "beta": 1.0, "num_epochs": 3} for rate in (1e-4, 1e-3)),
-        *({"learning_rate": rate, "beta": 1.0, "num_epochs": 3, "batch_size": 16} for rate in (1.5e-4, 3e-4, 6e-4)),
-        *({"learning_rate": rate, "beta": 1.0, "num_epochs": 3, "batch_size": 8} for rate in (3e-4, 6e-4)),
+        {"learning_rate": 3e-4, "beta": 2.0, "num_epochs": 3, "batch_size": 32},
+        *(
+            {"learning_rate": rate, "beta": 1.0, "num_epochs": 3, "batch_size": size}
+            for size, rates in ((32, (1e-4, 3e-4, 1e-3)), (16, (1.5e-4, 3e-4, 6e-4)), (8, (3e-4, 6e-4)))
+            for rate in rates
+        ),
     ),
 }
 

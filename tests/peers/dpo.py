@@ -32,7 +32,7 @@ class Args:
     """seed of the data order"""
     num_epochs: int = 3
     """passes over the pairs"""
-    batch_size: int = 32
+    batch_size: int = 8
     """pairs per update"""
     learning_rate: float = 3e-4
     """AdamW's peak, decayed linearly to zero after a tenth of warm-up"""
