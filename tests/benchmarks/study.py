@@ -11,8 +11,8 @@ as many passes over the pairs as the value model and the reward model do.
 
 Every run appends one JSON line to `--results`, so a stopped study goes on where it was. Runs go through the real
 `main` of each script, `--num-workers` side by side, each on one core. The rows behind the README are in
-`tests/benchmarks/results/study.jsonl`; those in `batch_64/` beside it are of the former defaults of the value model and
-the reward model.
+`tests/benchmarks/results/study.jsonl`; those in `batch_64/` beside it are of the former defaults of the value model,
+the reward model and DPO. Rows hold the flags that differ from the defaults of their commit.
 """
 
 import concurrent.futures

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from study import COEFS, DEFAULT, EQUAL_TIME, ONE_PASS, TUNING_SEED
+from study import COEFS, DEFAULT, EQUAL_TIME, EQUAL_TIMES, ONE_PASS, TUNING_SEED
 
 FOLDER = Path(__file__).parent / "results"
 # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom; the last one serves for all above.
@@ -29,12 +29,14 @@ T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2
                2.120, 2.110, 2.101, 2.093)  # fmt: skip
 SEEN = (1, 2, 3, 4, 5)  # seeds on which DVPO was found behind PPO (all five) and centring chosen (the first three)
 FAR_APART = 2.5  # nats between neighbouring coefficients beyond which nothing is interpolated
-COLORS = {"dvpo": "#c0392b", "uncentered": "#e59866", "ppo": "#2471a3", "equal_time": "#7fb3d5",
-          "equal_time_fast": "#a9cce3", "equal_time_one_pass": "#1b4f72", "grpo": "#229954", "dpo": "#7d3c98",
-          "sft": "#555555"}  # fmt: skip
-NAMES = {"sft": "SFT", "dvpo": "DVPO", "uncentered": "DVPO, gae_uncentered", "ppo": "PPO",
-         "equal_time": f"PPO, {EQUAL_TIME} updates", "equal_time_fast": f"PPO, {EQUAL_TIME} updates, twice the rate",
-         "equal_time_one_pass": f"PPO, {ONE_PASS} updates of one pass",
+COLORS = {"dvpo": "#c0392b", "dvpo_one_pass_fast": "#ec7063", "uncentered": "#e59866", "ppo": "#2471a3",
+          "equal_time_one_pass_fast": "#7fb3d5", "grpo": "#229954", "dpo": "#7d3c98", "sft": "#555555"}  # fmt: skip
+NAMES = {"sft": "SFT", "dvpo": "DVPO",
+         "dvpo_one_pass_fast": f"DVPO, {ONE_PASS['dvpo']} updates of one pass, twice the rate",
+         "uncentered": "DVPO, gae_uncentered", "ppo": "PPO", "equal_time": f"PPO, {EQUAL_TIME} updates",
+         "equal_time_fast": f"PPO, {EQUAL_TIME} updates, twice the rate",
+         "equal_time_one_pass": f"PPO, {ONE_PASS['ppo']} updates of one pass",
+         "equal_time_one_pass_fast": f"PPO, {ONE_PASS['ppo']} updates of one pass, twice the rate",
          "grpo": "GRPO (TRL)", "dpo": "DPO (TRL)"}  # fmt: skip
 
 
@@ -106,7 +108,7 @@ def policy_cells(members: list[dict]) -> list[str]:
 # ---- Frontier --------------------------------------------------------------------------------------------------------
 def frontier(rows: list[dict], folder: Path, plt) -> None:
     points = defaultdict(list)
-    for experiment in ("base", "frontier", "uncentered", "equal_time", "equal_time_fast", "equal_time_one_pass"):
+    for experiment in ("base", "frontier", "uncentered", "dvpo_one_pass_fast", *EQUAL_TIMES):
         for (method, _), members in group(rows, experiment).items():
             if "policy" in members[0]:
                 points[experiment if experiment in NAMES else method].append(members)
@@ -119,6 +121,8 @@ def frontier(rows: list[dict], folder: Path, plt) -> None:
         for members in settings:
             coef = "-" if members[0]["coef"] is None else f"{members[0]['coef']:g}"
             lines.append([NAMES[method], coef, *policy_cells(members)])
+        if method not in COLORS:  # the plot is full enough
+            continue
         kl = [interval([row["policy"]["kl"] for row in members])[0] for members in settings]
         gold = torch.tensor([interval([row["policy"]["gold"]["mean"] for row in members]) for members in settings])
         bars = torch.stack([gold[:, 0] - gold[:, 1], gold[:, 2] - gold[:, 0]]).clamp(min=0)
@@ -139,14 +143,28 @@ def frontier(rows: list[dict], folder: Path, plt) -> None:
     curves = {method: by_seed(row for members in settings for row in members) for method, settings in points.items()}
     dvpo, uncentered = curves.get("dvpo", {}), curves.get("uncentered", {})
     fresh = {seed: curve for seed, curve in dvpo.items() if seed not in SEEN}
-    pairs = [(dvpo, "ppo"), (fresh, "ppo"), (uncentered, "ppo"), (dvpo, "equal_time"), (dvpo, "equal_time_fast"),
-             (dvpo, "equal_time_one_pass"), (dvpo, "grpo"), (dvpo, "dpo")]  # fmt: skip
-    lines = [[f"{kl:g}", *(at_equal_kl(ours, curves.get(other, {}), kl) for ours, other in pairs)]
-             for kl in (0.95, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0)]  # fmt: skip
-    table("KL | DVPO - PPO | the same, seeds that centring was not seen to be needed on | gae_uncentered - PPO | "
-          f"DVPO - {NAMES['equal_time']} | DVPO - {NAMES['equal_time_fast']} | "
-          f"DVPO - {NAMES['equal_time_one_pass']} | DVPO - GRPO (TRL) | DVPO - DPO (TRL)",
-          lines)  # fmt: skip
+    fast = curves.get("dvpo_one_pass_fast", {})
+
+    def differences(pairs: dict[str, tuple]) -> None:
+        pairs = {name: pair for name, pair in pairs.items() if pair[0] and pair[1] in curves}
+        lines = [[f"{kl:g}", *(at_equal_kl(ours, curves[other], kl) for ours, other in pairs.values())]
+                 for kl in (0.95, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0)]  # fmt: skip
+        table(" | ".join(["KL", *pairs]), [line for line in lines if set(line[1:]) != {"-"}])
+
+    differences({
+        "DVPO - PPO": (dvpo, "ppo"),
+        "the same, seeds that centring was not seen to be needed on": (fresh, "ppo"),
+        "gae_uncentered - PPO": (uncentered, "ppo"),
+        "DVPO - GRPO (TRL)": (dvpo, "grpo"),
+        "DVPO - DPO (TRL)": (dvpo, "dpo"),
+    })  # fmt: skip
+    print("\nIn the time of DVPO's 300 updates, or less (but for PPO's 300 updates, in the last column):")
+    both = f"{NAMES['dvpo_one_pass_fast']} - {NAMES['equal_time_one_pass_fast']}"
+    differences({
+        **{f"DVPO - {NAMES[name]}": (dvpo, name) for name in EQUAL_TIMES},
+        both: (fast, "equal_time_one_pass_fast"),
+        f"{NAMES['dvpo_one_pass_fast']} - PPO": (fast, "ppo"),
+    })  # fmt: skip
 
     print("\n## Seed by seed: the defaults, and DVPO's gold less that of the others at 2 nats")
     base = {(row["method"], row["seed"]): row for row in rows if row["experiment"] == "base"}
