@@ -36,7 +36,7 @@ class Args:
     """pairs per update"""
     learning_rate: float = 3e-4
     """AdamW's peak, decayed linearly to zero after a tenth of warm-up"""
-    beta: float = 1.0
+    beta: float = 0.7
     """how strongly the policy is held to the reference"""
     max_length: int = 512
     """tokens of prompt and answer; longer ones are cut"""
