@@ -791,6 +791,8 @@ def end_of_turn_id(tokenizer) -> int:
 # Llama 3's template writes today's date unless given one, SmolLM3's asks a function: a run must not depend on the day.
 FIXED_DATE = "26 Jul 2024"
 FIXED_CLOCK = "{% macro strftime_now(format) %}" + FIXED_DATE + "{% endmacro %}"
+# Nor would answers start with thoughts, as Qwen3's template has them: no dataset holds any.
+TEMPLATE_ARGUMENTS = {"date_string": FIXED_DATE, "enable_thinking": False}
 
 
 def tokenize_prompt(tokenizer, prompt: list[dict]) -> list[int]:
@@ -798,9 +800,9 @@ def tokenize_prompt(tokenizer, prompt: list[dict]) -> list[int]:
     template = tokenizer.get_chat_template()  # of several, the default
     if "strftime_now" in template:
         template = FIXED_CLOCK + template
-    try:  # Mistral's and Gemma's refuse system messages; Qwen3's would start with thoughts, which no dataset holds
+    try:  # Mistral's and Gemma's refuse system messages
         text = tokenizer.apply_chat_template(prompt, chat_template=template, tokenize=False, add_generation_prompt=True,
-                                             date_string=FIXED_DATE, enable_thinking=False)  # fmt: skip
+                                             **TEMPLATE_ARGUMENTS)  # fmt: skip
     except jinja2.TemplateError:
         return []
     return tokenizer(text, add_special_tokens=False).input_ids  # the template writes its own BOS

@@ -43,8 +43,8 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "peers")]
 
 STUDY = ("base", "frontier", "advantage", "gvm", "stability", "unreliable")  # three seeds in some three hours
-EQUAL_TIMES = ("equal_time", "equal_time_fast", "equal_time_one_pass", "equal_time_one_pass_fast")
-MORE = (*EQUAL_TIMES, "dvpo_one_pass_fast", "trajectories", "uncentered", "ppo_variants", "judges", "tuning")
+MORE = ("equal_time", "equal_time_fast", "equal_time_one_pass", "equal_time_one_pass_fast", "dvpo_one_pass_fast",
+        "trajectories", "uncentered", "ppo_variants", "judges", "tuning")  # fmt: skip
 COEFS = {  # of the KL to the reference: kl_coef (DVPO, PPO), beta (GRPO, DPO)
     "dvpo": (0.2, 0.1, 0.05, 0.025, 0.0125),
     "ppo": (0.4, 0.2, 0.1, 0.05, 0.025),
@@ -55,6 +55,12 @@ DEFAULT = {"dvpo": 0.05, "ppo": 0.1}
 RATES = (3e-4, 1.2e-3)  # half and twice the default
 EQUAL_TIME = 190  # updates that PPO makes while DVPO makes its 300, by the median times of the default runs
 ONE_PASS = {"dvpo": 400, "ppo": 287}  # updates in that time with one pass over each rollout instead of two
+EQUAL_TIMES = {  # schedules of PPO that take as long: a short run might want larger steps, or fresh answers more often
+    "equal_time": {"num_updates": EQUAL_TIME},
+    "equal_time_fast": {"num_updates": EQUAL_TIME, "learning_rate": max(RATES)},
+    "equal_time_one_pass": {"num_updates": ONE_PASS["ppo"], "num_epochs": 1},
+    "equal_time_one_pass_fast": {"num_updates": ONE_PASS["ppo"], "num_epochs": 1, "learning_rate": max(RATES)},
+}
 GVMS = {  # the value model changed; three passes through its pairs where nothing else is said
     "paper's loss": {"td_lambda": 0.0, "bt_coef": 0.0},
     "td_lambda=0": {"td_lambda": 0.0},
@@ -241,13 +247,8 @@ def cells(experiment: str, seed: int) -> list[Cell]:
         return [train(method, f"{flag[method]}={coef:g}", {flag[method]: coef}, coef=coef)
                 for method in COEFS for coef in COEFS[method] if coef != DEFAULT.get(method)]  # fmt: skip
     if experiment in EQUAL_TIMES:
-        short = {
-            "equal_time": {"num_updates": EQUAL_TIME},
-            "equal_time_fast": {"num_updates": EQUAL_TIME, "learning_rate": max(RATES)},  # it might want larger steps
-            "equal_time_one_pass": {"num_updates": ONE_PASS["ppo"], "num_epochs": 1},  # or fresh answers more often
-            "equal_time_one_pass_fast": {"num_updates": ONE_PASS["ppo"], "num_epochs": 1, "learning_rate": max(RATES)},
-        }[experiment]
-        return [train("ppo", f"{short['num_updates']} updates, kl_coef={coef:g}", {**short, "kl_coef": coef}, coef=coef)
+        flags = EQUAL_TIMES[experiment]
+        return [train("ppo", f"{flags['num_updates']} updates, kl_coef={coef:g}", {**flags, "kl_coef": coef}, coef=coef)
                 for coef in COEFS["ppo"][1:]]  # fmt: skip
     if experiment == "dvpo_one_pass_fast":
         flags = {"num_updates": ONE_PASS["dvpo"], "num_epochs": 1, "learning_rate": max(RATES)}

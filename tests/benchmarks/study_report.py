@@ -14,6 +14,7 @@ the interval leaves out 0. Runs that are missing are left out: see the number of
 import contextlib
 import json
 import math
+import statistics
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -261,6 +262,7 @@ def learning_curves(rows: list[dict], folder: Path, plt) -> None:
 
 def critics(rows: list[dict], folder: Path, plt) -> None:
     groups = {method: members for (method, _), members in group(rows, "base").items() if "critic" in members[0]}
+    from_gvm = group(rows, "ppo_variants").get(("ppo", "critic from GVM"))
     targets = {"dvpo": "GVM against E[label given gold]", "ppo": "PPO's critic against score and KL to come"}
     print("\n## Is the critic right? Fresh answers, judged before any training on them, by tenth of the run")
     print("\nEach critic against its own target, with half of the answer seen and before its last token. Error and "
@@ -272,14 +274,18 @@ def critics(rows: list[dict], folder: Path, plt) -> None:
                for key in ("error", "bias", "explained_variance", "gold_correlation")]  # fmt: skip
     plots = {("bias", "0.5"): "bias, half seen", ("explained_variance", "0.5"): "variance explained, half seen",
              ("gold_correlation", "1"): "correlation with gold, before the last token"}  # fmt: skip
+    named = {targets[method]: members for method, members in groups.items()}
+    if from_gvm:
+        named["the same, started from the GVM"] = from_gvm
+    at = lambda members, i, key, f: [row["critic"][i]["by_fraction"][f][key] for row in members]
+    for name, members in named.items():
+        for i in (0, 1, 4, 9):
+            cells = [show(at(members, i, *column)) for column in columns]
+            lines.append([name, str(len(members)), f"from {members[0]['critic'][i]['first_update']}", *cells])
     for method, members in groups.items():
         steps = [window["first_update"] for window in members[0]["critic"]]
-        at = lambda i, key, f, members=members: [row["critic"][i]["by_fraction"][f][key] for row in members]
-        for i in (0, 1, 4, 9):
-            cells = [show(at(i, *column)) for column in columns]
-            lines.append([targets[method], str(len(members)), f"from {steps[i]}", *cells])
         for axis, (column, title) in zip(axes, plots.items()):
-            band = torch.tensor([interval(at(i, *column)) for i in range(len(steps))])
+            band = torch.tensor([interval(at(members, i, *column)) for i in range(len(steps))])
             axis.plot(steps, band[:, 0], color=COLORS[method], label=NAMES[method])
             axis.fill_between(steps, band[:, 1], band[:, 2], color=COLORS[method], alpha=0.2)
             axis.set(xlabel="update", ylabel=title)
@@ -294,6 +300,21 @@ def critics(rows: list[dict], folder: Path, plt) -> None:
         first, last = show([d[0] for d in drifting]), show([d[-1] for d in drifting])
         print("\nDrift of PPO's critic, RMS distance from the rollout's values over an update, in its first and last "
               f"twentieth of the run: {first}, {last}. A frozen GVM has none.")  # fmt: skip
+
+
+def times(rows: list[dict]) -> None:
+    """What equal time is reckoned by: one core per run, two runs side by side."""
+    kinds = defaultdict(list)
+    for row in rows:
+        if row["experiment"] in ("base", "dvpo_one_pass_fast", *EQUAL_TIMES) and "time" in row:
+            kinds[NAMES.get(row["experiment"], NAMES[row["method"]])].append(row)
+    lines = []
+    for name, members in kinds.items():
+        updates = members[0]["curve"]["step"][-1]
+        seconds = statistics.median(row["time"]["total"] for row in members)
+        lines.append([name, str(updates), str(len(members)), f"{seconds:.3f}", f"{updates * seconds:.0f}"])
+    print("\n## Seconds of an update: the median of each run, and of those the median")
+    table("method | updates | runs | an update | all updates", lines)
 
 
 def passes(rows: list[dict]) -> None:
@@ -496,6 +517,7 @@ def write_report(rows: list[dict], folder: Path, plt) -> None:
     critics(rows, folder, plt)
     value_models(rows)
     judges(rows)
+    times(rows)
     passes(rows)
     trajectories(rows)
     at_default = [row for row in rows if row["experiment"] != "uncentered" or row["coef"] == DEFAULT["dvpo"]]

@@ -46,11 +46,8 @@ def main(args: Args) -> None:
     tokenizer = common.load_tokenizer(args.model_path)
     examples, _ = common.load_examples(args.dataset, needs="pairs")
     turn = lambda text: [{"role": "assistant", "content": text}]
-    template = {"date_string": common.FIXED_DATE, "enable_thinking": False}  # as everywhere here
-    pairs = [
-        {"prompt": e.prompt, "chosen": turn(e.chosen), "rejected": turn(e.rejected), "chat_template_kwargs": template}
-        for e in examples
-    ]
+    template = {"chat_template_kwargs": common.TEMPLATE_ARGUMENTS}
+    pairs = [{"prompt": e.prompt, "chosen": turn(e.chosen), "rejected": turn(e.rejected), **template} for e in examples]
     config = DPOConfig(
         output_dir=args.output_dir,
         beta=args.beta,

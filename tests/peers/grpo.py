@@ -71,7 +71,7 @@ def main(args: Args) -> None:
         max_completion_length=args.response_length,
         temperature=1.0,
         top_k=0,
-        chat_template_kwargs={"date_string": common.FIXED_DATE, "enable_thinking": False},  # as everywhere here
+        chat_template_kwargs=common.TEMPLATE_ARGUMENTS,
         seed=args.seed,
         bf16=torch.cuda.is_available(),
         gradient_checkpointing=torch.cuda.is_available(),
