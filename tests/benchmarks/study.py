@@ -43,7 +43,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "peers")]
 
 STUDY = ("base", "frontier", "advantage", "gvm", "stability", "unreliable")  # three seeds in some three hours
-MORE = ("equal_time", "equal_time_fast", "equal_time_one_pass", "equal_time_one_pass_fast", "dvpo_one_pass_fast",
+MORE = ("equal_time", "equal_time_fast", "equal_time_one_pass", "equal_time_one_pass_fast", "one_pass_fast",
         "trajectories", "uncentered", "ppo_variants", "judges", "tuning")  # fmt: skip
 COEFS = {  # of the KL to the reference: kl_coef (DVPO, PPO), beta (GRPO, DPO)
     "dvpo": (0.2, 0.1, 0.05, 0.025, 0.0125),
@@ -61,6 +61,7 @@ EQUAL_TIMES = {  # schedules of PPO that take as long: a short run might want la
     "equal_time_one_pass": {"num_updates": ONE_PASS["ppo"], "num_epochs": 1},
     "equal_time_one_pass_fast": {"num_updates": ONE_PASS["ppo"], "num_epochs": 1, "learning_rate": max(RATES)},
 }
+ONE_PASS_FAST = {"num_updates": ONE_PASS["dvpo"], "num_epochs": 1, "learning_rate": max(RATES)}  # of DVPO, PPO, GRPO
 GVMS = {  # the value model changed; three passes through its pairs where nothing else is said
     "paper's loss": {"td_lambda": 0.0, "bt_coef": 0.0},
     "td_lambda=0": {"td_lambda": 0.0},
@@ -125,7 +126,7 @@ TUNING = {  # all that was tried; the defaults are the best of it, as far as one
         {"learning_rate": 3e-4, "kl_coef": 0.1},
         *(
             {"num_updates": ONE_PASS["dvpo"], "num_epochs": 1, "kl_coef": 0.025, "learning_rate": rate}
-            for rate in (6e-4, 1.2e-3)
+            for rate in (6e-4, 1.2e-3, 2.4e-3)
         ),
         # and the paper's and the released code's advantages, which might want smaller steps or a shorter leash
         *(
@@ -148,6 +149,16 @@ TUNING = {  # all that was tried; the defaults are the best of it, as far as one
             {"num_updates": ONE_PASS["ppo"], "num_epochs": 1, "kl_coef": 0.05, "learning_rate": rate}
             for rate in (3e-4, 6e-4, 1.2e-3)
         ),
+        # and as many of these as DVPO makes
+        *(
+            {"num_updates": ONE_PASS["dvpo"], "num_epochs": 1, "kl_coef": 0.05, **rates}
+            for rates in (
+                {"learning_rate": 6e-4},
+                {"learning_rate": 1.2e-3},
+                {"learning_rate": 1.2e-3, "critic_learning_rate": 6e-4},
+                {"learning_rate": 1.2e-3, "critic_learning_rate": 1.2e-3},
+            )
+        ),
     ),
     "grpo": (
         {"learning_rate": 1e-4},
@@ -158,6 +169,10 @@ TUNING = {  # all that was tried; the defaults are the best of it, as far as one
         # and where it is compared with DVPO
         *({"learning_rate": 6e-4, "beta": beta, "num_generations": n} for beta in (0.16, 0.32) for n in (8, 16)),
         {"learning_rate": 1.2e-3, "beta": 0.16},
+        *(
+            {"num_updates": ONE_PASS["dvpo"], "num_epochs": 1, "beta": 0.08, "learning_rate": rate}
+            for rate in (6e-4, 1.2e-3, 2.4e-3)
+        ),
     ),
     "dpo": (
         *({"learning_rate": rate, "beta": 0.1, "num_epochs": 1, "batch_size": 32} for rate in (3e-5, 1e-4, 3e-4, 1e-3)),
@@ -242,18 +257,18 @@ def cells(experiment: str, seed: int) -> list[Cell]:
         return made
     if experiment == "tuning":
         return [train(method, name(flags), flags) for method, tried in TUNING.items() for flags in tried]
+    flag = {"dvpo": "kl_coef", "ppo": "kl_coef", "grpo": "beta", "dpo": "beta"}
     if experiment == "frontier":
-        flag = {"dvpo": "kl_coef", "ppo": "kl_coef", "grpo": "beta", "dpo": "beta"}
         return [train(method, f"{flag[method]}={coef:g}", {flag[method]: coef}, coef=coef)
                 for method in COEFS for coef in COEFS[method] if coef != DEFAULT.get(method)]  # fmt: skip
     if experiment in EQUAL_TIMES:
         flags = EQUAL_TIMES[experiment]
         return [train("ppo", f"{flags['num_updates']} updates, kl_coef={coef:g}", {**flags, "kl_coef": coef}, coef=coef)
                 for coef in COEFS["ppo"][1:]]  # fmt: skip
-    if experiment == "dvpo_one_pass_fast":
-        flags = {"num_updates": ONE_PASS["dvpo"], "num_epochs": 1, "learning_rate": max(RATES)}
-        return [train("dvpo", f"{ONE_PASS['dvpo']} updates, kl_coef={coef:g}", {**flags, "kl_coef": coef}, coef=coef)
-                for coef in COEFS["dvpo"][1:]]  # fmt: skip
+    if experiment == "one_pass_fast":
+        return [train(method, f"{ONE_PASS['dvpo']} updates, {flag[method]}={coef:g}",
+                      {**ONE_PASS_FAST, flag[method]: coef}, coef=coef)
+                for method in ("dvpo", "ppo", "grpo") for coef in COEFS[method][1:]]  # fmt: skip
     if experiment == "uncentered":
         return [train("dvpo", f"gae_uncentered, kl_coef={coef:g}", {"advantage": "gae_uncentered", "kl_coef": coef},
                       coef=coef) for coef in COEFS["dvpo"]]  # fmt: skip

@@ -30,10 +30,10 @@ T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2
                2.120, 2.110, 2.101, 2.093)  # fmt: skip
 SEEN = (1, 2, 3, 4, 5)  # seeds on which DVPO was found behind PPO (all five) and centring chosen (the first three)
 FAR_APART = 2.5  # nats between neighbouring coefficients beyond which nothing is interpolated
-COLORS = {"dvpo": "#c0392b", "dvpo_one_pass_fast": "#ec7063", "uncentered": "#e59866", "ppo": "#2471a3",
+COLORS = {"dvpo": "#c0392b", "one_pass_fast": "#ec7063", "uncentered": "#e59866", "ppo": "#2471a3",
           "equal_time_one_pass_fast": "#7fb3d5", "grpo": "#229954", "dpo": "#7d3c98", "sft": "#555555"}  # fmt: skip
 NAMES = {"sft": "SFT", "dvpo": "DVPO",
-         "dvpo_one_pass_fast": f"DVPO, {ONE_PASS['dvpo']} updates of one pass, twice the rate",
+         "one_pass_fast": f"DVPO, {ONE_PASS['dvpo']} updates of one pass, twice the rate",
          "uncentered": "DVPO, gae_uncentered", "ppo": "PPO", "equal_time": f"PPO, {EQUAL_TIME} updates",
          "equal_time_fast": f"PPO, {EQUAL_TIME} updates, twice the rate",
          "equal_time_one_pass": f"PPO, {ONE_PASS['ppo']} updates of one pass",
@@ -109,7 +109,7 @@ def policy_cells(members: list[dict]) -> list[str]:
 # ---- Frontier --------------------------------------------------------------------------------------------------------
 def frontier(rows: list[dict], folder: Path, plt) -> None:
     points = defaultdict(list)
-    for experiment in ("base", "frontier", "uncentered", "dvpo_one_pass_fast", *EQUAL_TIMES):
+    for experiment in ("base", "frontier", "uncentered", "one_pass_fast", *EQUAL_TIMES):
         for (method, _), members in group(rows, experiment).items():
             if "policy" in members[0]:
                 points[experiment if experiment in NAMES else method].append(members)
@@ -144,7 +144,7 @@ def frontier(rows: list[dict], folder: Path, plt) -> None:
     curves = {method: by_seed(row for members in settings for row in members) for method, settings in points.items()}
     dvpo, uncentered = curves.get("dvpo", {}), curves.get("uncentered", {})
     fresh = {seed: curve for seed, curve in dvpo.items() if seed not in SEEN}
-    fast = curves.get("dvpo_one_pass_fast", {})
+    fast = curves.get("one_pass_fast", {})
 
     def differences(pairs: dict[str, tuple]) -> None:
         pairs = {name: pair for name, pair in pairs.items() if pair[0] and pair[1] in curves}
@@ -160,11 +160,11 @@ def frontier(rows: list[dict], folder: Path, plt) -> None:
         "DVPO - DPO (TRL)": (dvpo, "dpo"),
     })  # fmt: skip
     print("\nIn the time of DVPO's 300 updates, or less (but for PPO's 300 updates, in the last column):")
-    both = f"{NAMES['dvpo_one_pass_fast']} - {NAMES['equal_time_one_pass_fast']}"
+    both = f"{NAMES['one_pass_fast']} - {NAMES['equal_time_one_pass_fast']}"
     differences({
         **{f"DVPO - {NAMES[name]}": (dvpo, name) for name in EQUAL_TIMES},
         both: (fast, "equal_time_one_pass_fast"),
-        f"{NAMES['dvpo_one_pass_fast']} - PPO": (fast, "ppo"),
+        f"{NAMES['one_pass_fast']} - PPO": (fast, "ppo"),
     })  # fmt: skip
 
     print("\n## Seed by seed: the defaults, and DVPO's gold less that of the others at 2 nats")
@@ -306,7 +306,7 @@ def times(rows: list[dict]) -> None:
     """What equal time is reckoned by: one core per run, two runs side by side."""
     kinds = defaultdict(list)
     for row in rows:
-        if row["experiment"] in ("base", "dvpo_one_pass_fast", *EQUAL_TIMES) and "time" in row:
+        if row["experiment"] in ("base", "one_pass_fast", *EQUAL_TIMES) and "time" in row:
             kinds[NAMES.get(row["experiment"], NAMES[row["method"]])].append(row)
     lines = []
     for name, members in kinds.items():
