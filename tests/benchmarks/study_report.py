@@ -30,15 +30,16 @@ T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2
                2.120, 2.110, 2.101, 2.093)  # fmt: skip
 SEEN = (1, 2, 3, 4, 5)  # seeds on which DVPO was found behind PPO (all five) and centring chosen (the first three)
 FAR_APART = 2.5  # nats between neighbouring coefficients beyond which nothing is interpolated
-COLORS = {"dvpo": "#c0392b", "one_pass_fast": "#ec7063", "uncentered": "#e59866", "ppo": "#2471a3",
+COLORS = {"dvpo": "#c0392b", "dvpo_one_pass_fast": "#ec7063", "uncentered": "#e59866", "ppo": "#2471a3",
           "equal_time_one_pass_fast": "#7fb3d5", "grpo": "#229954", "dpo": "#7d3c98", "sft": "#555555"}  # fmt: skip
-NAMES = {"sft": "SFT", "dvpo": "DVPO",
-         "one_pass_fast": f"DVPO, {ONE_PASS['dvpo']} updates of one pass, twice the rate",
-         "uncentered": "DVPO, gae_uncentered", "ppo": "PPO", "equal_time": f"PPO, {EQUAL_TIME} updates",
+NAMES = {"sft": "SFT", "dvpo": "DVPO", "uncentered": "DVPO, gae_uncentered",
+         "ppo": "PPO", "equal_time": f"PPO, {EQUAL_TIME} updates",
          "equal_time_fast": f"PPO, {EQUAL_TIME} updates, twice the rate",
          "equal_time_one_pass": f"PPO, {ONE_PASS['ppo']} updates of one pass",
          "equal_time_one_pass_fast": f"PPO, {ONE_PASS['ppo']} updates of one pass, twice the rate",
          "grpo": "GRPO (TRL)", "dpo": "DPO (TRL)"}  # fmt: skip
+NAMES |= {f"{method}_one_pass_fast": f"{NAMES[method]}, {ONE_PASS['dvpo']} updates of one pass, twice the rate"
+          for method in ("dvpo", "ppo", "grpo")}  # fmt: skip
 
 
 @dataclass
@@ -100,6 +101,12 @@ def table(header: str, lines: list[list[str]]) -> None:
         print("| " + " | ".join(line) + " |")
 
 
+def kind(row: dict) -> str:
+    """The key in NAMES of a run: that of its schedule or estimator, or of its method at the defaults of both."""
+    schedule = f"{row['method']}_{row['experiment']}"
+    return next(key for key in (schedule, row["experiment"], row["method"]) if key in NAMES)
+
+
 def policy_cells(members: list[dict]) -> list[str]:
     policy = lambda key: [row["policy"][key] for row in members]
     gold = [row["policy"]["gold"]["mean"] for row in members]
@@ -110,9 +117,9 @@ def policy_cells(members: list[dict]) -> list[str]:
 def frontier(rows: list[dict], folder: Path, plt) -> None:
     points = defaultdict(list)
     for experiment in ("base", "frontier", "uncentered", "one_pass_fast", *EQUAL_TIMES):
-        for (method, _), members in group(rows, experiment).items():
+        for members in group(rows, experiment).values():
             if "policy" in members[0]:
-                points[experiment if experiment in NAMES else method].append(members)
+                points[kind(members[0])].append(members)
     points = {name: points[name] for name in NAMES if name in points}
     print("\n## Gold score against KL, per KL coefficient")
     lines = []
@@ -144,13 +151,13 @@ def frontier(rows: list[dict], folder: Path, plt) -> None:
     curves = {method: by_seed(row for members in settings for row in members) for method, settings in points.items()}
     dvpo, uncentered = curves.get("dvpo", {}), curves.get("uncentered", {})
     fresh = {seed: curve for seed, curve in dvpo.items() if seed not in SEEN}
-    fast = curves.get("one_pass_fast", {})
+    fast = curves.get("dvpo_one_pass_fast", {})
 
     def differences(pairs: dict[str, tuple]) -> None:
         pairs = {name: pair for name, pair in pairs.items() if pair[0] and pair[1] in curves}
         lines = [[f"{kl:g}", *(at_equal_kl(ours, curves[other], kl) for ours, other in pairs.values())]
                  for kl in (0.95, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0)]  # fmt: skip
-        table(" | ".join(["KL", *pairs]), [line for line in lines if set(line[1:]) != {"-"}])
+        table(" | ".join(["KL", *pairs]), [line for line in lines if set(line[1:]) - {"-"}])
 
     differences({
         "DVPO - PPO": (dvpo, "ppo"),
@@ -160,12 +167,13 @@ def frontier(rows: list[dict], folder: Path, plt) -> None:
         "DVPO - DPO (TRL)": (dvpo, "dpo"),
     })  # fmt: skip
     print("\nIn the time of DVPO's 300 updates, or less (but for PPO's 300 updates, in the last column):")
-    both = f"{NAMES['one_pass_fast']} - {NAMES['equal_time_one_pass_fast']}"
+    others = ("equal_time_one_pass_fast", "ppo")
     differences({
         **{f"DVPO - {NAMES[name]}": (dvpo, name) for name in EQUAL_TIMES},
-        both: (fast, "equal_time_one_pass_fast"),
-        f"{NAMES['one_pass_fast']} - PPO": (fast, "ppo"),
+        **{f"{NAMES['dvpo_one_pass_fast']} - {NAMES[name]}": (fast, name) for name in others},
     })  # fmt: skip
+    print("\nAfter as many updates, 400 of one pass at twice the rate each:")
+    differences({f"DVPO - {NAMES[method]}": (fast, f"{method}_one_pass_fast") for method in ("ppo", "grpo")})
 
     print("\n## Seed by seed: the defaults, and DVPO's gold less that of the others at 2 nats")
     base = {(row["method"], row["seed"]): row for row in rows if row["experiment"] == "base"}
@@ -307,7 +315,7 @@ def times(rows: list[dict]) -> None:
     kinds = defaultdict(list)
     for row in rows:
         if row["experiment"] in ("base", "one_pass_fast", *EQUAL_TIMES) and "time" in row:
-            kinds[NAMES.get(row["experiment"], NAMES[row["method"]])].append(row)
+            kinds[NAMES[kind(row)]].append(row)
     lines = []
     for name, members in kinds.items():
         updates = members[0]["curve"]["step"][-1]
