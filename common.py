@@ -64,7 +64,13 @@ def user_errors(kinds, message: str):
     try:
         yield
     except kinds as error:
+        if out_of_memory(error):  # `explain` knows the way out
+            raise
         raise UserError(f"{message} ({cause(error)})") from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def cause(error: BaseException) -> str:
@@ -104,7 +110,7 @@ def explain(error: Exception) -> str | None:
     text = str(error)
     if isinstance(error, (UserError, RunError)):
         return text
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in text:
+    if out_of_memory(error):
         running = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
         if running & {"load_policy", "load_value_model", "shard"}:
             return "out of memory while loading the models: use more processes (each holds a share) or a smaller model"
@@ -114,7 +120,7 @@ def explain(error: Exception) -> str | None:
         return "out of memory while computing a batch: lower --micro-batch-size, --max-prompt-length or "\
                "--response-length, add processes or, in training, --gradient-checkpointing"  # fmt: skip
     if re.search(r"\b(Errno|os error) (27|28|122)\b", text):  # no room, as Python and as safetensors tell it
-        return f"an output file cannot be written ({text}): make room, then --resume"
+        return f"an output file cannot be written ({text}): make room, then run it again, in training with --resume"
     if isinstance(error, dist.DistError) or "/gloo/" in text:
         return f"lost another process, killed perhaps or out of memory ({text.splitlines()[0]})"
     return None
@@ -253,8 +259,8 @@ def check_between(low: float, high: float, args, *names: str) -> None:
 
 
 def check_divides(divisor: int, name: str, value: int) -> None:
-    """Raise `UserError` unless `value` is a positive multiple of `divisor`."""
-    check(divisor > 0 and value >= divisor and value % divisor == 0, f"{name} {value} must be a multiple of {divisor}")
+    """Raise `UserError` unless `value` is a multiple of `divisor`."""
+    check(value % divisor == 0, f"{name} {value} must be a multiple of {divisor}")
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -295,7 +301,7 @@ def gae(values, rewards, mask, gamma: float, lam: float) -> torch.Tensor:
     bootstrap: a caller with a true terminal reward zeroes it. Returns `(B, R)`, zero outside the mask.
     """
     deltas = (rewards + gamma * values[:, 1:] - values[:, :-1]).masked_fill(~mask, 0.0)
-    return discounted_sums(deltas, gamma * lam).masked_fill(~mask, 0.0)
+    return discounted_sums(deltas, gamma * lam)
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -773,6 +779,8 @@ def load_tokenizer(path: str):
         log(f"{path}: no chat template; using '### User: ... ### Assistant: ...', saved with the trained model")
         begins = tokenizer.bos_token is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
         tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + DEFAULT_CHAT_TEMPLATE
+    with user_errors(ValueError, f"{path}: none of its chat templates is the default"):
+        tokenizer.chat_template = tokenizer.get_chat_template()  # of several, the one that is used is saved
     if tokenizer.pad_token_id is None:  # what is padding is told by position, never by id, so EOS serves
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -797,7 +805,7 @@ TEMPLATE_ARGUMENTS = {"date_string": FIXED_DATE, "enable_thinking": False}
 
 def tokenize_prompt(tokenizer, prompt: list[dict]) -> list[int]:
     """Token ids of a chat-formatted prompt, up to where the answer starts; empty where the template refuses it."""
-    template = tokenizer.get_chat_template()  # of several, the default
+    template = tokenizer.chat_template
     if "strftime_now" in template:
         template = FIXED_CLOCK + template
     try:  # Mistral's and Gemma's refuse system messages
@@ -1055,6 +1063,7 @@ def load_policy(path: str, tokenizer, dtype: torch.dtype):
     with torch.no_grad():
         ids = torch.tensor([[tokenizer.eos_token_id] * 2])
         logits, plain = model(ids).logits, model.base_model(ids).last_hidden_state @ head.weight.T  # (1, 2, V)
+    # bf16 rounds by less; a scale or a cap changes more.
     scaled = (logits - plain).abs().max() > 0.05 * plain.abs().max()
     check(not scaled, f"{path}: {config.model_type} does more to its logits than its output head: not supported")
     return model
@@ -1132,9 +1141,12 @@ class Run:
         self.writes = dist.get_rank() == 0
         check_positive(args, "checkpoint_every", "micro_batch_size", "max_prompt_length", "response_length",
                        "max_grad_norm", "dp_replicate")  # fmt: skip
-        check_between(0, 2**31, args, "seed")
+        check_between(0, 10**9, args, "seed")
         check_between(0, math.inf, args, "learning_rate")
         check(args.output_dir.strip(), "--output-dir is empty")
+        inputs = [getattr(args, f"{name}_path", None) for name in ("model", "gvm", "reward", "critic")]
+        reads = self.folder.resolve() in [Path(path).expanduser().resolve() for path in inputs if path]
+        check(not reads, f"--output-dir {self.folder} holds a model that this run reads: choose another")
         check(args.resume is None or not args.overwrite, "--resume goes on, --overwrite starts again: choose one")
         check(args.resume is None or len(args.resume) < 2, "--resume takes one checkpoint at most")
         installed = args.track is None or importlib.util.find_spec(args.track)
@@ -1171,7 +1183,7 @@ class Run:
             check(allowed or not begun, f"{self.folder} holds an unfinished run: --resume or --overwrite it")
             return False, []
         found = sorted((p for p in self.checkpoints.glob("step_*") if p.name[5:].isdigit()), reverse=True)
-        if self.args.resume:
+        if self.args.resume and not restarted:  # a restart goes on from the newest, which came after PATH
             found = [path for path in found if path.resolve() == Path(self.args.resume[0]).expanduser().resolve()]
             check(found, f"--resume {self.args.resume[0]}: no checkpoint of {self.folder}")
         if begun or finished:
@@ -1395,7 +1407,8 @@ class Run:
                 f"# {title}\n\nMade by\n\n```\n{command}{shlex.join(sys.argv)}\n```\n\n"
                 "in an implementation of arXiv:2502.16944 and its baseline, with "
                 f"{', '.join(f'{name} {version}' for name, version in versions().items())}. Settings: `args.json`; "
-                "every update: `metrics.jsonl`.\n"
+                "every update: `metrics.jsonl`.\n",
+                encoding="utf-8",
             )
             for file in sorted(unfinished.iterdir(), key=lambda file: file.name == "config.json"):  # last: finished
                 shutil.copymode(unfinished / "config.json", file)  # safetensors lets only the owner read its files

@@ -99,10 +99,9 @@ class FusedLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logprobs, _):
         hidden, weight, labels, logsumexp = ctx.saved_tensors
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
         g = -grad_logprobs[:, None] / ctx.temperature  # (N, 1)
-        grad_hidden = torch.zeros_like(hidden, dtype=g.dtype) if need_hidden else None  # (N, H) summed in fp32
-        grad_weight = torch.empty_like(weight) if need_weight else None  # (V, H)
+        grad_hidden = torch.zeros_like(hidden, dtype=g.dtype)  # (N, H) summed in fp32
+        grad_weight = torch.empty_like(weight)  # (V, H)
         scaled = (g * hidden).to(hidden.dtype)  # (N, H)
         for start in range(0, len(weight), ctx.chunk_size):
             slice_ = weight[start : start + ctx.chunk_size]  # (chunk, H)
@@ -112,14 +111,10 @@ class FusedLogprobs(torch.autograd.Function):
             # p - onehot(y): minus the gradient of log p_y by the logits.
             residual.scatter_add_(1, column[:, None], -(place == column)[:, None].to(residual.dtype))
             residual = residual.to(weight.dtype)
-            if need_hidden:
-                grad_hidden += project(residual, slice_.T)
-            if need_weight:
-                grad_weight[start : start + ctx.chunk_size] = project(residual.T, scaled.T)
+            grad_hidden += project(residual, slice_.T)
+            grad_weight[start : start + ctx.chunk_size] = project(residual.T, scaled.T)
             del residual
-        if need_hidden:
-            grad_hidden = grad_hidden.mul_(g).to(hidden.dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden.mul_(g).to(hidden.dtype), grad_weight, None, None, None
 
 
 # Copied from train_dvpo.project
@@ -196,51 +191,48 @@ def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, tem
     `response_mask (B, R)`, the ending token inside the mask, `pad_id` after it.
     """
     (B, P), R = prompt_ids.shape, uniforms.shape[1]
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for unit in units:  # gather the weights once, not once per token
-        unit.set_reshard_after_forward(False, recurse=False)
+    model.set_reshard_after_forward(False)  # gather the weights once, not once per token
     was_training = model.training
     model.eval()  # gradient checkpointing would silently drop the cache in train mode
-    try:
-        response_ids = prompt_ids.new_full((B, R), pad_id)
-        response_mask = torch.zeros_like(response_ids, dtype=torch.bool)
-        attention_mask = torch.cat([prompt_mask, torch.ones_like(response_mask)], 1)  # (B, P + R)
-        positions = common.position_ids(attention_mask)
-        running = torch.ones_like(response_mask[:, 0])
-        cache = common.key_value_cache(model, P + R)
-        static = isinstance(cache, StaticCache)
-        t = prompt_ids.new_zeros(1)  # the next token's column: a tensor, and all changes in place, for the graph's sake
+    response_ids = prompt_ids.new_full((B, R), pad_id)
+    response_mask = torch.zeros_like(response_ids, dtype=torch.bool)
+    attention_mask = torch.cat([prompt_mask, torch.ones_like(response_mask)], 1)  # (B, P + R)
+    positions = common.position_ids(attention_mask)
+    running = torch.ones_like(response_mask[:, 0])
+    cache = common.key_value_cache(model, P + R)
+    static = isinstance(cache, StaticCache)
+    t = prompt_ids.new_zeros(1)  # the next token's column: a tensor, and all changes in place, for the graph's sake
 
-        def sample(tokens, seen, places):
-            outputs = model.base_model(
-                tokens, attention_mask=seen, position_ids=places, use_cache=True, **{common.CACHE: cache}
-            )
-            logits = project(outputs.last_hidden_state[:, -1], model.get_output_embeddings().weight)  # (B, V)
-            cumulative = torch.softmax(logits / temperature, 1).cumsum(1)  # (B, V)
-            threshold = uniforms.index_select(1, t) * cumulative[:, -1:]
-            sampled = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=cumulative.shape[1] - 1)
-            response_ids.index_copy_(1, t, torch.where(running, sampled, pad_id)[:, None])
-            response_mask.index_copy_(1, t, running[:, None])
-            running.logical_and_(~torch.isin(sampled, end_ids))
-            t.add_(1)
+    def sample(tokens, seen, places):
+        outputs = model.base_model(
+            tokens, attention_mask=seen, position_ids=places, use_cache=True, **{common.CACHE: cache}
+        )
+        logits = project(outputs.last_hidden_state[:, -1], model.get_output_embeddings().weight)  # (B, V)
+        cumulative = torch.softmax(logits / temperature, 1).cumsum(1)  # (B, V)
+        threshold = uniforms.index_select(1, t) * cumulative[:, -1:]
+        sampled = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=cumulative.shape[1] - 1)
+        response_ids.index_copy_(1, t, torch.where(running, sampled, pad_id)[:, None])
+        response_mask.index_copy_(1, t, running[:, None])
+        running.logical_and_(~torch.isin(sampled, end_ids))
+        t.add_(1)
 
-        step = lambda: sample(response_ids.index_select(1, t - 1), seen, positions.index_select(1, P + t - 1))
-        seen = attention_mask if static else prompt_mask  # as wide as the cache
-        sample(prompt_ids, seen, positions[:, :P])
-        for i in range(1, R):
-            if not running.any():
-                break
-            if not static:
-                seen = attention_mask[:, : P + i]
-            elif i == 2:  # the first step of one token has warmed up what a graph cannot
-                step = common.cuda_graph(step)
-            step()
-    finally:
-        model.train(was_training)
-        for unit in units:  # left gathered across an optimizer step, the next forward would use stale weights
-            unit.set_reshard_after_forward(True, recurse=False)
+    step = lambda: sample(response_ids.index_select(1, t - 1), seen, positions.index_select(1, P + t - 1))
+    seen = attention_mask if static else prompt_mask  # as wide as the cache
+    sample(prompt_ids, seen, positions[:, :P])
+    for i in range(1, R):
+        if not running.any():
+            break
+        if not static:
+            seen = attention_mask[:, : P + i]
+        elif i == 2:  # the first step of one token has warmed up what a graph cannot
+            step = common.cuda_graph(step)
+        step()
+    model.train(was_training)
+    model.set_reshard_after_forward(True)
+    model.set_reshard_after_forward(not was_training, recurse=False)  # as `shard` does
+    for unit in model.modules():  # left gathered across an optimizer step, the next forward would use stale weights
+        if isinstance(unit, FSDPModule):
             unit.reshard()
-        model.set_reshard_after_forward(not was_training, recurse=False)  # as `shard` does
     return response_ids, response_mask
 
 
@@ -343,6 +335,7 @@ def sample(policy, reference, gvm, prompts: list[list[int]], end_ids, pad_id: in
     `scores` is the GVM's value of the finished answer, conditioned on this policy's own other answers where the GVM was
     trained so; absent without a GVM. Ranks share the work.
     """
+    # The same for every policy: with common luck, they differ by what they learned.
     uniforms = torch.rand(len(prompts), args.response_length, generator=torch.Generator().manual_seed(args.seed))
     mine = torch.tensor(common.rows_of_rank(len(prompts)))
     parts = []
@@ -379,7 +372,9 @@ def policy_table(policies: dict) -> list[list[str]]:
 
 def caption(policies: dict) -> str:
     """What the numbers of `policy_table` mean."""
-    judge = next((row["win_rate"]["judge"] for row in policies.values() if "win_rate" in row), "no judge")
+    judge = next((row["win_rate"]["judge"] for row in policies.values() if "win_rate" in row), None)
+    if judge is None:
+        return "no judge of answers: neither an exact score nor a GVM"
     text = f"95 % bootstrap intervals over prompts; win rate by {judge} against the first policy, ties half"
     if judge == "gvm_score":
         text += "; the GVM is no impartial judge of a policy that was trained against it"
@@ -403,7 +398,8 @@ def write_html(path: Path, results: dict, samples: list[list[str]]) -> None:
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         "<style>body{font:15px/1.5 sans-serif;margin:2em auto;max-width:75em}td{padding:.2em .8em;vertical-align:top}"
         "tr:first-child{font-weight:bold}tr:nth-child(even){background:#f4f4f4}</style></head><body>"
-        f"{''.join(body)}</body></html>\n"
+        f"{''.join(body)}</body></html>\n",
+        encoding="utf-8",
     )
 
 
@@ -413,7 +409,7 @@ def main(args: Args) -> None:
     dtype = common.compute_dtype(args.dtype, device)
     common.check_positive(args, "num_prompts", "samples_per_prompt", "micro_batch_size", "max_prompt_length",
                           "response_length", "temperature")  # fmt: skip
-    common.check_between(0, 2**31, args, "seed")
+    common.check_between(0, 10**9, args, "seed")
     common.check(args.policies, "name at least one policy, as in dvpo=runs/dvpo")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for policy in args.policies:

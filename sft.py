@@ -106,10 +106,9 @@ class FusedLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logprobs, _):
         hidden, weight, labels, logsumexp = ctx.saved_tensors
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
         g = -grad_logprobs[:, None] / ctx.temperature  # (N, 1)
-        grad_hidden = torch.zeros_like(hidden, dtype=g.dtype) if need_hidden else None  # (N, H) summed in fp32
-        grad_weight = torch.empty_like(weight) if need_weight else None  # (V, H)
+        grad_hidden = torch.zeros_like(hidden, dtype=g.dtype)  # (N, H) summed in fp32
+        grad_weight = torch.empty_like(weight)  # (V, H)
         scaled = (g * hidden).to(hidden.dtype)  # (N, H)
         for start in range(0, len(weight), ctx.chunk_size):
             slice_ = weight[start : start + ctx.chunk_size]  # (chunk, H)
@@ -119,14 +118,10 @@ class FusedLogprobs(torch.autograd.Function):
             # p - onehot(y): minus the gradient of log p_y by the logits.
             residual.scatter_add_(1, column[:, None], -(place == column)[:, None].to(residual.dtype))
             residual = residual.to(weight.dtype)
-            if need_hidden:
-                grad_hidden += project(residual, slice_.T)
-            if need_weight:
-                grad_weight[start : start + ctx.chunk_size] = project(residual.T, scaled.T)
+            grad_hidden += project(residual, slice_.T)
+            grad_weight[start : start + ctx.chunk_size] = project(residual.T, scaled.T)
             del residual
-        if need_hidden:
-            grad_hidden = grad_hidden.mul_(g).to(hidden.dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden.mul_(g).to(hidden.dtype), grad_weight, None, None, None
 
 
 # Copied from train_dvpo.project
@@ -235,7 +230,7 @@ def main(args: Args) -> None:
     common.check_positive(args, "batch_size", "num_epochs", "num_examples")
     common.check_between(0, 1, args, "warmup_fraction")
     common.check_divides(world_size, "--batch-size", args.batch_size)
-    common.check_divides(args.dp_replicate, "the number of processes,", world_size)
+    common.check_divides(args.dp_replicate, f"--dp-replicate {args.dp_replicate}: the number of processes,", world_size)
     mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
                             mesh_dim_names=("replicate", "shard"))  # fmt: skip
     mesh = mesh if args.dp_replicate > 1 else mesh["shard"]

@@ -138,10 +138,9 @@ class FusedLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logprobs, _):
         hidden, weight, labels, logsumexp = ctx.saved_tensors
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
         g = -grad_logprobs[:, None] / ctx.temperature  # (N, 1)
-        grad_hidden = torch.zeros_like(hidden, dtype=g.dtype) if need_hidden else None  # (N, H) summed in fp32
-        grad_weight = torch.empty_like(weight) if need_weight else None  # (V, H)
+        grad_hidden = torch.zeros_like(hidden, dtype=g.dtype)  # (N, H) summed in fp32
+        grad_weight = torch.empty_like(weight)  # (V, H)
         scaled = (g * hidden).to(hidden.dtype)  # (N, H)
         for start in range(0, len(weight), ctx.chunk_size):
             slice_ = weight[start : start + ctx.chunk_size]  # (chunk, H)
@@ -151,14 +150,10 @@ class FusedLogprobs(torch.autograd.Function):
             # p - onehot(y): minus the gradient of log p_y by the logits.
             residual.scatter_add_(1, column[:, None], -(place == column)[:, None].to(residual.dtype))
             residual = residual.to(weight.dtype)
-            if need_hidden:
-                grad_hidden += project(residual, slice_.T)
-            if need_weight:
-                grad_weight[start : start + ctx.chunk_size] = project(residual.T, scaled.T)
+            grad_hidden += project(residual, slice_.T)
+            grad_weight[start : start + ctx.chunk_size] = project(residual.T, scaled.T)
             del residual
-        if need_hidden:
-            grad_hidden = grad_hidden.mul_(g).to(hidden.dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden.mul_(g).to(hidden.dtype), grad_weight, None, None, None
 
 
 def project(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -218,7 +213,7 @@ def center_per_token(advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tens
     """`advantages (B, R)`, zero outside `mask (B, R)`, less the mean of the batch's other answers at the same token.
 
     No answer is in its own baseline (RLOO, arXiv:2402.14740), so this adds no bias; a token that one answer alone
-    reaches keeps its advantage.
+    reaches keeps its advantage. Outside the mask the result has no meaning.
     """
     num_others = mask.sum(0) - 1  # (R,)
     return advantages - (advantages.sum(0) - advantages) / num_others.clamp(min=1)
@@ -227,7 +222,8 @@ def center_per_token(advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tens
 def dvpo_advantages(gvm_values, kl, mask, estimator: str, gamma: float, lam: float, kl_coef: float) -> torch.Tensor:
     """Token advantages from the frozen GVM: ours, the paper's (arXiv:2502.16944v2) and the released code's.
 
-    `gvm_values (B, R + 1)`, `kl (B, R)` log-ratio of policy to reference, `mask (B, R)`; returns `(B, R)`, whitened.
+    `gvm_values (B, R + 1)`: V(s_1), then Q(s_t, a_t) = V(s_{t+1}) of every token; `kl (B, R)` log-ratio of policy to
+    reference; `mask (B, R)`. Returns `(B, R)`, whitened.
     """
     rewards = -kl_coef * kl  # (B, R) the only reward: what the answer is worth is in the values
     if estimator in ("gae", "gae_uncentered"):
@@ -302,51 +298,48 @@ def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, tem
     `response_mask (B, R)`, the ending token inside the mask, `pad_id` after it.
     """
     (B, P), R = prompt_ids.shape, uniforms.shape[1]
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for unit in units:  # gather the weights once, not once per token
-        unit.set_reshard_after_forward(False, recurse=False)
+    model.set_reshard_after_forward(False)  # gather the weights once, not once per token
     was_training = model.training
     model.eval()  # gradient checkpointing would silently drop the cache in train mode
-    try:
-        response_ids = prompt_ids.new_full((B, R), pad_id)
-        response_mask = torch.zeros_like(response_ids, dtype=torch.bool)
-        attention_mask = torch.cat([prompt_mask, torch.ones_like(response_mask)], 1)  # (B, P + R)
-        positions = common.position_ids(attention_mask)
-        running = torch.ones_like(response_mask[:, 0])
-        cache = common.key_value_cache(model, P + R)
-        static = isinstance(cache, StaticCache)
-        t = prompt_ids.new_zeros(1)  # the next token's column: a tensor, and all changes in place, for the graph's sake
+    response_ids = prompt_ids.new_full((B, R), pad_id)
+    response_mask = torch.zeros_like(response_ids, dtype=torch.bool)
+    attention_mask = torch.cat([prompt_mask, torch.ones_like(response_mask)], 1)  # (B, P + R)
+    positions = common.position_ids(attention_mask)
+    running = torch.ones_like(response_mask[:, 0])
+    cache = common.key_value_cache(model, P + R)
+    static = isinstance(cache, StaticCache)
+    t = prompt_ids.new_zeros(1)  # the next token's column: a tensor, and all changes in place, for the graph's sake
 
-        def sample(tokens, seen, places):
-            outputs = model.base_model(
-                tokens, attention_mask=seen, position_ids=places, use_cache=True, **{common.CACHE: cache}
-            )
-            logits = project(outputs.last_hidden_state[:, -1], model.get_output_embeddings().weight)  # (B, V)
-            cumulative = torch.softmax(logits / temperature, 1).cumsum(1)  # (B, V)
-            threshold = uniforms.index_select(1, t) * cumulative[:, -1:]
-            sampled = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=cumulative.shape[1] - 1)
-            response_ids.index_copy_(1, t, torch.where(running, sampled, pad_id)[:, None])
-            response_mask.index_copy_(1, t, running[:, None])
-            running.logical_and_(~torch.isin(sampled, end_ids))
-            t.add_(1)
+    def sample(tokens, seen, places):
+        outputs = model.base_model(
+            tokens, attention_mask=seen, position_ids=places, use_cache=True, **{common.CACHE: cache}
+        )
+        logits = project(outputs.last_hidden_state[:, -1], model.get_output_embeddings().weight)  # (B, V)
+        cumulative = torch.softmax(logits / temperature, 1).cumsum(1)  # (B, V)
+        threshold = uniforms.index_select(1, t) * cumulative[:, -1:]
+        sampled = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=cumulative.shape[1] - 1)
+        response_ids.index_copy_(1, t, torch.where(running, sampled, pad_id)[:, None])
+        response_mask.index_copy_(1, t, running[:, None])
+        running.logical_and_(~torch.isin(sampled, end_ids))
+        t.add_(1)
 
-        step = lambda: sample(response_ids.index_select(1, t - 1), seen, positions.index_select(1, P + t - 1))
-        seen = attention_mask if static else prompt_mask  # as wide as the cache
-        sample(prompt_ids, seen, positions[:, :P])
-        for i in range(1, R):
-            if not running.any():
-                break
-            if not static:
-                seen = attention_mask[:, : P + i]
-            elif i == 2:  # the first step of one token has warmed up what a graph cannot
-                step = common.cuda_graph(step)
-            step()
-    finally:
-        model.train(was_training)
-        for unit in units:  # left gathered across an optimizer step, the next forward would use stale weights
-            unit.set_reshard_after_forward(True, recurse=False)
+    step = lambda: sample(response_ids.index_select(1, t - 1), seen, positions.index_select(1, P + t - 1))
+    seen = attention_mask if static else prompt_mask  # as wide as the cache
+    sample(prompt_ids, seen, positions[:, :P])
+    for i in range(1, R):
+        if not running.any():
+            break
+        if not static:
+            seen = attention_mask[:, : P + i]
+        elif i == 2:  # the first step of one token has warmed up what a graph cannot
+            step = common.cuda_graph(step)
+        step()
+    model.train(was_training)
+    model.set_reshard_after_forward(True)
+    model.set_reshard_after_forward(not was_training, recurse=False)  # as `shard` does
+    for unit in model.modules():  # left gathered across an optimizer step, the next forward would use stale weights
+        if isinstance(unit, FSDPModule):
             unit.reshard()
-        model.set_reshard_after_forward(not was_training, recurse=False)  # as `shard` does
     return response_ids, response_mask
 
 
@@ -362,7 +355,7 @@ def main(args: Args) -> None:
     common.check_between(0, 1, args, "gamma", "gae_lambda")
     common.check_between(0, math.inf, args, "kl_coef")
     common.check_divides(args.num_minibatches * world_size, "--rollout-batch-size", args.rollout_batch_size)
-    common.check_divides(args.dp_replicate, "the number of processes,", world_size)
+    common.check_divides(args.dp_replicate, f"--dp-replicate {args.dp_replicate}: the number of processes,", world_size)
     mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
                             mesh_dim_names=("replicate", "shard"))  # fmt: skip
     mesh = mesh if args.dp_replicate > 1 else mesh["shard"]
@@ -402,12 +395,13 @@ def main(args: Args) -> None:
         # ---- 4 Rollout: each rank answers its share of the prompts, then all ranks hold all answers (a few MB) -------
         start = common.clock(device)
         # All randomness of an update comes from (seed, update) and is drawn for the whole batch, so it depends on no
-        # earlier update and on no number of ranks.
+        # earlier update and on no number of ranks; seeds are a million updates apart.
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + update)
         drawn = common.shuffled_batch(len(all_prompts), update, B, args.seed)
         prompts = [all_prompts[i] for i in drawn]
-        # The first update is padded to the widest batch there can be: if memory runs out, then now.
-        widest = update == 1
+        # The first updates (the second has the optimizer's states) are padded to the widest batch there can be: if
+        # memory runs out, then now.
+        widest = update <= 2
         crop = (lambda *batch: batch) if widest else common.crop
         padded = common.pad(prompts, tokenizer.pad_token_id, "left", longest_prompt if widest else 0)
         prompt_ids, prompt_mask = (x.to(device) for x in padded)  # (B, P)
@@ -451,7 +445,8 @@ def main(args: Args) -> None:
         per_row, scored = scored.sum(1), common.all_gather(scored)  # again all ranks hold all rows
         common.check_finite(update, "log-probs or values are", scored, mine.tolist(), per_row)
         logprobs, ref_logprobs, gvm_values = scored.split([R, R, R + 1], 1)
-        scores = common.last_values(gvm_values, response_mask)  # (B,) the GVM's judgement of the finished answer
+        # (B,) the GVM's judgement of each answer; one that was cut is judged where it stops, at no further price.
+        scores = common.last_values(gvm_values, response_mask)
         kl = logprobs - ref_logprobs  # (B, R) k1, zero outside the mask
         advantages = dvpo_advantages(
             gvm_values, kl, response_mask, args.advantage, args.gamma, args.gae_lambda, carried.kl_coef

@@ -234,7 +234,7 @@ def main(args: Args) -> None:
     common.check_between(0, 1, args, "warmup_fraction", "gamma", "td_lambda")
     common.check_between(0, math.inf, args, "bt_coef", "num_context_trajectories")
     common.check_divides(2 * world_size, "--batch-size", args.batch_size)  # the two answers of a pair stay together
-    common.check_divides(args.dp_replicate, "the number of processes,", world_size)
+    common.check_divides(args.dp_replicate, f"--dp-replicate {args.dp_replicate}: the number of processes,", world_size)
     mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
                             mesh_dim_names=("replicate", "shard"))  # fmt: skip
     mesh = mesh if args.dp_replicate > 1 else mesh["shard"]
@@ -290,7 +290,8 @@ def main(args: Args) -> None:
         mine = rows[rank * len(rows) // world_size : (rank + 1) * len(rows) // world_size]
         # The first updates (the second has the optimizer's states) are the widest: memory runs out now or never.
         widths = widest if update <= 2 else (0, 0)
-        td_losses, key = [], f"{args.seed}/{update}"  # of the context's draws
+        key = f"{args.seed}/{update}"  # of the context's draws
+        td_losses = []
         for i in range(0, len(mine), args.micro_batch_size):
             micro = [train_set[row] for row in mine[i : i + args.micro_batch_size]]
             batch = make_batch(gvm.config, micro, pools, key, tokenizer.pad_token_id, device, widths)

@@ -299,8 +299,17 @@ def test_a_prompt_depends_on_no_day_and_starts_no_thoughts():
     )
     assert common.tokenize_prompt(tokenizer, prompt) == plain
     assert "<unk>" in tokenizer.apply_chat_template(prompt, tokenize=False)
-    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "<unk>"}  # some come with several
+
+
+def test_of_several_chat_templates_the_default_is_used_and_saved(tmp_path):
+    tokenizer, prompt = common.toy_tokenizer(), [{"role": "user", "content": "list two metals"}]
+    plain = common.tokenize_prompt(tokenizer, prompt)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "<unk>"}
+    tokenizer.save_pretrained(tmp_path / "several")
+    tokenizer = common.load_tokenizer(str(tmp_path / "several"))
     assert common.tokenize_prompt(tokenizer, prompt) == plain
+    tokenizer.save_pretrained(tmp_path / "one")
+    assert all(file.is_file() for file in (tmp_path / "one").iterdir())  # a run's folder has no others
 
 
 def test_prompts_that_the_template_refuses_are_dropped(capsys):

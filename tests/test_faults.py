@@ -15,6 +15,7 @@ import types
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from conftest import ROOT, load_weights, read_metrics, run_script
 from safetensors.torch import save_file
 
@@ -330,6 +331,18 @@ def stopped(settings, tmp_path, monkeypatch):
         interrupt(patch, "log", 7, after=True)
         train("train_dvpo", flags)
     return flags, tmp_path / "run"
+
+
+def test_a_restart_goes_on_from_the_newest(stopped, tmp_path):
+    """`--resume PATH` says where the first attempt begins, not the one after a crash."""
+    flags, folder = stopped
+    first = str(folder / "checkpoints" / "step_000003")
+    result = launch("train_dvpo", {**flags, "resume": first}, "kill_at(8, of_rank=1)", tmp_path, ranks=2,
+                    launcher=["--max-restarts", "1"])  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    begun = [line for line in result.stdout.splitlines() if line.startswith("going on from")]
+    assert [line[-11:] for line in begun] == ["step_000003", "step_000006"]
+    assert [row["step"] for row in read_metrics(folder)] == list(range(1, 9))
 
 
 def flip_a_byte(file):
@@ -711,14 +724,16 @@ def test_a_collapsed_policy_stops_the_run(script, settings, tmp_path):
     "function, says",
     [("generate", "out of memory while sampling: lower --rollout-micro-batch-size"),
      ("ppo_clip_loss", "out of memory while computing a batch: lower --micro-batch-size"),
-     ("shard", "out of memory while loading the models: use more processes")],
+     ("shard", "out of memory while loading the models: use more processes"),
+     ("from_pretrained", "out of memory while loading the models: use more processes")],
 )  # fmt: skip
 def test_out_of_memory_says_what_to_lower(function, says, settings, tmp_path, monkeypatch, capsys):
-    def greedy(*_):
+    def greedy(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
 
     greedy.__name__, greedy.__code__ = function, greedy.__code__.replace(co_name=function)
-    monkeypatch.setattr(train_dvpo, function, greedy)
+    where = transformers.AutoModelForCausalLM if function == "from_pretrained" else train_dvpo
+    monkeypatch.setattr(where, function, greedy)
     with pytest.raises(SystemExit) as left, common.one_line_errors():
         train("train_dvpo", settings("train_dvpo", tmp_path / "run"))
     assert left.value.code == 1 and capsys.readouterr().err.startswith(f"error: {says}")
@@ -737,7 +752,8 @@ def test_the_first_updates_are_the_widest(settings, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             noted.__name__ = name
             patch.setattr(MODULES[script], name, noted)
-            small = {"rollout_batch_size": 1, "num_minibatches": 1} if script == "train_dvpo" else {"batch_size": 2}
+            one_step = {"rollout_batch_size": 1, "num_epochs": 1, "num_minibatches": 1}
+            small = one_step if script == "train_dvpo" else {"batch_size": 2}
             train(script, settings(script, tmp_path / script, **small))
         trained = [width[:2] for width in widths if width[2]]
         assert trained[0] == trained[1] and all(trained[0] >= width for width in trained)
