@@ -382,6 +382,7 @@ def main(args: Args) -> None:
     gvm = add_methods(shard(gvm, mesh, dtype), token_values)
     num_trajectories = getattr(gvm.config, "num_context_trajectories", 0)  # the GVM says how it was trained
     trajectory_length = getattr(gvm.config, "context_trajectory_length", 0)
+    # eps as in CleanRL's PPO: where gradients are tiny, steps are, too.
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
     scheduler = get_linear_schedule_with_warmup(optimizer, 0, args.num_updates)
 

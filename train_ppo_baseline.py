@@ -507,6 +507,7 @@ def main(args: Args) -> None:
     if args.gradient_checkpointing:
         critic.gradient_checkpointing_enable({"use_reentrant": False})
     critic = add_methods(shard(critic, mesh, dtype), token_values)
+    # eps as in CleanRL's PPO: where gradients are tiny, steps are, too.
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=args.critic_learning_rate, eps=1e-5, weight_decay=0.0,
                                          fused=True)  # fmt: skip
