@@ -44,7 +44,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "peers")]
 
 STUDY = ("base", "frontier", "advantage", "gvm", "stability", "unreliable")  # three seeds in some three hours
 MORE = ("equal_time", "equal_time_fast", "equal_time_one_pass", "equal_time_one_pass_fast", "one_pass_fast",
-        "trajectories", "uncentered", "ppo_variants", "judges", "tuning")  # fmt: skip
+        "dpo_batch_16", "trajectories", "uncentered", "ppo_variants", "judges", "tuning")  # fmt: skip
 COEFS = {  # of the KL to the reference: kl_coef (DVPO, PPO), beta (GRPO, DPO)
     "dvpo": (0.2, 0.1, 0.05, 0.025, 0.0125),
     "ppo": (0.4, 0.2, 0.1, 0.05, 0.025),
@@ -269,6 +269,9 @@ def cells(experiment: str, seed: int) -> list[Cell]:
         return [train(method, f"{ONE_PASS['dvpo']} updates, {flag[method]}={coef:g}",
                       {**ONE_PASS_FAST, flag[method]: coef}, coef=coef)
                 for method in ("dvpo", "ppo", "grpo") for coef in COEFS[method][1:]]  # fmt: skip
+    if experiment == "dpo_batch_16":
+        return [train("dpo", f"batch_size=16, beta={coef:g}", {"batch_size": 16, "beta": coef}, coef=coef)
+                for coef in COEFS["dpo"]]  # fmt: skip
     if experiment == "uncentered":
         return [train("dvpo", f"gae_uncentered, kl_coef={coef:g}", {"advantage": "gae_uncentered", "kl_coef": coef},
                       coef=coef) for coef in COEFS["dvpo"]]  # fmt: skip

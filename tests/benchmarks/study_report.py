@@ -37,7 +37,7 @@ NAMES = {"sft": "SFT", "dvpo": "DVPO", "uncentered": "DVPO, gae_uncentered",
          "equal_time_fast": f"PPO, {EQUAL_TIME} updates, twice the rate",
          "equal_time_one_pass": f"PPO, {ONE_PASS['ppo']} updates of one pass",
          "equal_time_one_pass_fast": f"PPO, {ONE_PASS['ppo']} updates of one pass, twice the rate",
-         "grpo": "GRPO (TRL)", "dpo": "DPO (TRL)"}  # fmt: skip
+         "grpo": "GRPO (TRL)", "dpo": "DPO (TRL)", "dpo_batch_16": "DPO (TRL), batches of 16"}  # fmt: skip
 NAMES |= {f"{method}_one_pass_fast": f"{NAMES[method]}, {ONE_PASS['dvpo']} updates of one pass, twice the rate"
           for method in ("dvpo", "ppo", "grpo")}  # fmt: skip
 
@@ -116,7 +116,7 @@ def policy_cells(members: list[dict]) -> list[str]:
 # ---- Frontier --------------------------------------------------------------------------------------------------------
 def frontier(rows: list[dict], folder: Path, plt) -> None:
     points = defaultdict(list)
-    for experiment in ("base", "frontier", "uncentered", "one_pass_fast", *EQUAL_TIMES):
+    for experiment in ("base", "frontier", "uncentered", "one_pass_fast", "dpo_batch_16", *EQUAL_TIMES):
         for members in group(rows, experiment).values():
             if "policy" in members[0]:
                 points[kind(members[0])].append(members)
@@ -165,6 +165,7 @@ def frontier(rows: list[dict], folder: Path, plt) -> None:
         "gae_uncentered - PPO": (uncentered, "ppo"),
         "DVPO - GRPO (TRL)": (dvpo, "grpo"),
         "DVPO - DPO (TRL)": (dvpo, "dpo"),
+        "DVPO - DPO (TRL), batches of 16": (dvpo, "dpo_batch_16"),
     })  # fmt: skip
     print("\nIn the time of DVPO's 300 updates, or less (but for PPO's 300 updates, in the last column):")
     others = ("equal_time_one_pass_fast", "ppo")
