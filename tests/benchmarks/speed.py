@@ -40,7 +40,7 @@ class Args:
     rounds: int = 3
     """runs of each method, in turns"""
     num_updates: int = 0
-    """updates per run, the first one not counted; 0: 25 (embedded) or 3"""
+    """updates per run, of which the first two, padded to the widest, are not counted; 0: 26 (embedded) or 4"""
     rollout_batch_size: int = 64
     """answers per update"""
     micro_batch_size: int = 0
@@ -109,7 +109,7 @@ def measure(method: str, args: Args) -> dict:
         nonlocal counting
         log(run, update, *rest)
         counting = False  # in the first update alone, which is not timed: it takes long
-        if update == 1 and cuda:
+        if update == 2 and cuda:
             torch.cuda.reset_peak_memory_stats()
 
     common.Run.log = log_and_reset
@@ -135,7 +135,7 @@ def measure(method: str, args: Args) -> dict:
                 gradient_checkpointing=args.gradient_checkpointing, **own,
             )
         )  # fmt: skip
-        rows = [json.loads(line) for line in (Path(folder) / "out" / "metrics.jsonl").read_text().splitlines()][1:]
+        rows = [json.loads(line) for line in (Path(folder) / "out" / "metrics.jsonl").read_text().splitlines()][2:]
     result = {phase: statistics.median(row[f"time/{phase}"] for row in rows) for phase in PHASES}
     lengths = statistics.mean(row["val/response_length"] for row in rows)
     device = torch.cuda.get_device_name() if cuda else "CPU, one core"
@@ -147,7 +147,7 @@ def measure(method: str, args: Args) -> dict:
 
 def main(args: Args) -> None:
     large = args.size != "embedded"
-    defaults = {"num_updates": (25, 3), "micro_batch_size": (64, 4), "prompt_length": (12, 512),
+    defaults = {"num_updates": (26, 4), "micro_batch_size": (64, 4), "prompt_length": (12, 512),
                 "response_length": (20, 512)}  # fmt: skip
     for name, values in defaults.items():
         setattr(args, name, getattr(args, name) or values[large])
