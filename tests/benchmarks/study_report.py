@@ -29,6 +29,7 @@ FOLDER = Path(__file__).parent / "results"
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
                2.120, 2.110, 2.101, 2.093)  # fmt: skip
 CHOSE = (1, 2, 3, 4, 5, 8)  # seeds on which centring was found needed or chosen (1 to 5) or the judges' settings (8)
+COMPARED = ("base", "frontier", "uncentered", "one_pass_fast", "dpo_batch_16", *EQUAL_TIMES)  # experiments
 FAR_APART = 2.5  # nats between neighbouring coefficients beyond which nothing is interpolated
 COLORS = {"dvpo": "#c0392b", "dvpo_one_pass_fast": "#ec7063", "ppo": "#2471a3", "ppo_one_pass_fast": "#7fb3d5",
           "grpo": "#229954", "grpo_one_pass_fast": "#7dcea0", "dpo": "#7d3c98", "sft": "#555555"}  # fmt: skip
@@ -116,7 +117,7 @@ def policy_cells(members: list[dict]) -> list[str]:
 # ---- Frontier --------------------------------------------------------------------------------------------------------
 def frontier(rows: list[dict], folder: Path, plt) -> None:
     points = defaultdict(list)
-    for experiment in ("base", "frontier", "uncentered", "one_pass_fast", "dpo_batch_16", *EQUAL_TIMES):
+    for experiment in COMPARED:
         for members in group(rows, experiment).values():
             if "policy" in members[0]:
                 points[kind(members[0])].append(members)
@@ -467,6 +468,18 @@ def exploited(rows: list[dict]) -> None:
             columns = [[row["curve"][key][i] for row in members] for i in (3, 7, 11, 15, 19)]
             lines.append([setting, str(len(members)), f"`{key}`", *map(show, columns)])
     table("run | seeds | | 20 % | 40 % | 60 % | 80 % | 100 %", lines)
+    lines = []
+    for row in rows:
+        if row["experiment"] in COMPARED and "curve" in row and row["policy"]["gold"]["mean"] < 0.8:
+            shares, steps = row["curve"]["val/off_support"], row["curve"]["step"]
+            worst = max(range(len(shares)), key=shares.__getitem__)
+            gold, kl = row["policy"]["gold"]["mean"], row["policy"]["kl"]
+            lines.append([NAMES[kind(row)], f"{row['coef']:g}", str(row["seed"]), f"{gold:.3f}", f"{kl:.1f}",
+                          f"{shares[worst]:.2f}", str(steps[worst])])  # fmt: skip
+    if lines:
+        print("\nDid it tell? Runs of DVPO and PPO, of all pairs, that ended below a gold of 0.8, and the largest "
+              "share in a twentieth of the run:")  # fmt: skip
+    table("run | coefficient | seed | gold | KL | largest `val/off_support` | until update", lines)
 
 
 def simple(rows: list[dict], title: str, *experiments: str) -> None:
