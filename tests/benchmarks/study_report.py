@@ -166,7 +166,6 @@ def frontier(rows: list[dict], folder: Path, plt) -> None:
         "gae_uncentered - PPO": (uncentered, "ppo"),
         "DVPO - GRPO (TRL)": (dvpo, "grpo"),
         "DVPO - DPO (TRL)": (dvpo, "dpo"),
-        "DVPO - DPO (TRL), batches of 16": (dvpo, "dpo_batch_16"),
     })  # fmt: skip
     print("\nIn the time of DVPO's 300 updates, or less (but for PPO's 300 updates, in the last column):")
     others = ("equal_time_one_pass_fast", "ppo")
