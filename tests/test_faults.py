@@ -426,11 +426,11 @@ def test_a_finished_run_is_not_overwritten(settings, tmp_path, capsys):
     assert len(read_metrics(tmp_path / "run")) == 8
 
 
-def test_a_model_that_stands_in_the_folder_is_safe(settings, tiny_model):
+def test_a_model_that_stands_in_the_folder_is_safe(settings, tiny_gvm):
     with pytest.raises(common.UserError, match="holds a finished run or a model"):
-        train("sft", settings("sft", tiny_model))
+        train("sft", settings("sft", tiny_gvm))
     with pytest.raises(common.UserError, match="args.json: cannot be read"):
-        train("sft", settings("sft", tiny_model), resume=())
+        train("sft", settings("sft", tiny_gvm), resume=())
 
 
 def test_other_settings_are_refused_with_the_differences(stopped):
