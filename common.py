@@ -1144,8 +1144,8 @@ class Run:
         check_between(0, 10**9, args, "seed")
         check_between(0, math.inf, args, "learning_rate")
         check(args.output_dir.strip(), "--output-dir is empty")
-        inputs = [getattr(args, f"{name}_path", None) for name in ("model", "gvm", "reward", "critic")]
-        reads = self.folder.resolve() in [Path(path).expanduser().resolve() for path in inputs if path]
+        inputs = [path for name, path in vars(args).items() if name.endswith("_path") and path]
+        reads = self.folder.resolve() in [Path(path).expanduser().resolve() for path in inputs]
         check(not reads, f"--output-dir {self.folder} holds a model that this run reads: choose another")
         check(args.resume is None or not args.overwrite, "--resume goes on, --overwrite starts again: choose one")
         check(args.resume is None or len(args.resume) < 2, "--resume takes one checkpoint at most")

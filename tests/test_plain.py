@@ -66,7 +66,8 @@ def assert_moved_alike(folder, model, start):
 def test_policy_updates(method, tiny_model, tiny_gvm, tmp_path):
     dvpo, tokenizer = method == "DVPO", common.load_tokenizer(tiny_model)
     module = train_dvpo if dvpo else train_ppo_baseline
-    more = {"gvm_path": tiny_gvm} if dvpo else {"reward_path": tiny_gvm, "missing_eos_penalty": 0.7}
+    ppo = {"reward_path": tiny_gvm, "reward_batch_size": 3, "missing_eos_penalty": 0.7}  # the 3 is not used: no error
+    more = {"gvm_path": tiny_gvm} if dvpo else ppo
     judge, critic = (AutoModelForTokenClassification.from_pretrained(tiny_gvm) for _ in range(2))
     if method.endswith("its own"):
         more["critic_path"] = str(tmp_path / "critic")

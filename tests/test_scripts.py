@@ -234,6 +234,7 @@ def test_reports_escape_model_output(tmp_path):
     )
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page and page.count("&lt;script&gt;") == 4
+    assert "no judge of answers" in page and "win rate" not in page  # none is promised where there is none
 
 
 @pytest.mark.parametrize(
