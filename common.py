@@ -258,9 +258,9 @@ def check_between(low: float, high: float, args, *names: str) -> None:
         check(low <= value <= high and value < math.inf, f"--{name.replace('_', '-')} {value} must be {bound}")
 
 
-def check_divides(divisor: int, name: str, value: int) -> None:
-    """Raise `UserError` unless `value` is a multiple of `divisor`."""
-    check(value % divisor == 0, f"{name} {value} must be a multiple of {divisor}")
+def check_multiple(name: str, value: int, divisor: int, meaning: str) -> None:
+    """Raise `UserError` unless `value` is a multiple of `divisor`; `meaning` says what that is."""
+    check(value % divisor == 0, f"{name} {value} must be a multiple of {divisor}, {meaning}")
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -1231,7 +1231,8 @@ class Run:
         problems = [None] * dist.get_world_size()
         dist.all_gather_object(problems, problem)
         problem = next((problem for problem in problems if problem), None)
-        check(not problem or not self.args.resume, f"--resume {checkpoint}: {problem}")
+        named = [Path(path).expanduser().resolve() for path in self.args.resume or ()]
+        check(not problem or checkpoint.resolve() not in named, f"--resume {checkpoint}: {problem}")
         if problem:
             log(f"{checkpoint}: {problem}; trying the one before")
         return not problem

@@ -229,8 +229,8 @@ def main(args: Args) -> None:
     run = common.Run(args, __file__)
     common.check_positive(args, "batch_size", "num_epochs", "num_examples")
     common.check_between(0, 1, args, "warmup_fraction")
-    common.check_divides(world_size, "--batch-size", args.batch_size)
-    common.check_divides(args.dp_replicate, f"--dp-replicate {args.dp_replicate}: the number of processes,", world_size)
+    common.check_multiple("--batch-size", args.batch_size, world_size, "the number of processes")
+    common.check_multiple("the number of processes", world_size, args.dp_replicate, "--dp-replicate")
     mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
                             mesh_dim_names=("replicate", "shard"))  # fmt: skip
     mesh = mesh if args.dp_replicate > 1 else mesh["shard"]

@@ -354,8 +354,9 @@ def main(args: Args) -> None:
                           "sample_every")  # fmt: skip
     common.check_between(0, 1, args, "gamma", "gae_lambda")
     common.check_between(0, math.inf, args, "kl_coef")
-    common.check_divides(args.num_minibatches * world_size, "--rollout-batch-size", args.rollout_batch_size)
-    common.check_divides(args.dp_replicate, f"--dp-replicate {args.dp_replicate}: the number of processes,", world_size)
+    common.check_multiple("--rollout-batch-size", args.rollout_batch_size, args.num_minibatches * world_size,
+                          "--num-minibatches x processes")  # fmt: skip
+    common.check_multiple("the number of processes", world_size, args.dp_replicate, "--dp-replicate")
     mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
                             mesh_dim_names=("replicate", "shard"))  # fmt: skip
     mesh = mesh if args.dp_replicate > 1 else mesh["shard"]

@@ -233,8 +233,8 @@ def main(args: Args) -> None:
     common.check_positive(args, "batch_size", "num_epochs", "num_examples", "context_trajectory_length")
     common.check_between(0, 1, args, "warmup_fraction", "gamma", "td_lambda")
     common.check_between(0, math.inf, args, "bt_coef", "num_context_trajectories")
-    common.check_divides(2 * world_size, "--batch-size", args.batch_size)  # the two answers of a pair stay together
-    common.check_divides(args.dp_replicate, f"--dp-replicate {args.dp_replicate}: the number of processes,", world_size)
+    common.check_multiple("--batch-size", args.batch_size, 2 * world_size, "a pair for every process")
+    common.check_multiple("the number of processes", world_size, args.dp_replicate, "--dp-replicate")
     mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
                             mesh_dim_names=("replicate", "shard"))  # fmt: skip
     mesh = mesh if args.dp_replicate > 1 else mesh["shard"]
@@ -246,7 +246,7 @@ def main(args: Args) -> None:
     needs = {"preference": "pairs", "score": "scores"}[args.label_source]
     examples, heldout = common.load_examples(args.dataset, needs)
     train_set, group_size = tokenize(tokenizer, examples[: args.num_examples], args.label_source, args)
-    common.check_divides(group_size, "--micro-batch-size", args.micro_batch_size)  # a pair is seen in one piece
+    common.check_multiple("--micro-batch-size", args.micro_batch_size, group_size, "the answers of a pair")
     heldout_set, _ = tokenize(tokenizer, heldout, args.label_source, args, heldout=True)
     if args.label_source == "score":
         scores = torch.tensor([answer.label for answer in train_set])

@@ -394,8 +394,8 @@ def train_reward_model(args: Args, policy_run, tokenizer, mesh, dtype: torch.dty
     if run.finished:
         return
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    common.check_divides(2, "--micro-batch-size", args.micro_batch_size)  # a pair is seen in one piece, by one rank
-    common.check_divides(2 * world_size, "--reward-batch-size", args.reward_batch_size)
+    common.check_multiple("--micro-batch-size", args.micro_batch_size, 2, "the answers of a pair")
+    common.check_multiple("--reward-batch-size", args.reward_batch_size, 2 * world_size, "a pair for every process")
     examples, heldout = common.load_examples(args.dataset, needs="pairs")
     train_set = tokenize_pairs(tokenizer, examples, args)
     heldout_set = tokenize_pairs(tokenizer, heldout, args, heldout=True)
@@ -468,8 +468,9 @@ def main(args: Args) -> None:
     common.check_between(0, 1, args, "reward_warmup_fraction")
     common.check_between(0, math.inf, args, "critic_learning_rate", "reward_learning_rate", "reward_center_coef",
                          "missing_eos_penalty")  # fmt: skip
-    common.check_divides(args.num_minibatches * world_size, "--rollout-batch-size", args.rollout_batch_size)
-    common.check_divides(args.dp_replicate, f"--dp-replicate {args.dp_replicate}: the number of processes,", world_size)
+    common.check_multiple("--rollout-batch-size", args.rollout_batch_size, args.num_minibatches * world_size,
+                          "--num-minibatches x processes")  # fmt: skip
+    common.check_multiple("the number of processes", world_size, args.dp_replicate, "--dp-replicate")
     mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
                             mesh_dim_names=("replicate", "shard"))  # fmt: skip
     mesh = mesh if args.dp_replicate > 1 else mesh["shard"]

@@ -333,15 +333,17 @@ def stopped(settings, tmp_path, monkeypatch):
     return flags, tmp_path / "run"
 
 
-def test_a_restart_goes_on_from_the_newest(stopped, tmp_path):
-    """`--resume PATH` says where the first attempt begins, not the one after a crash."""
+@pytest.mark.parametrize("damaged, then", [(False, "step_000006"), (True, "step_000003")])
+def test_a_restart_goes_on_from_the_newest(damaged, then, stopped, tmp_path):
+    """`--resume PATH` says where the first attempt begins, not the one after a crash: that takes the newest whole."""
     flags, folder = stopped
-    first = str(folder / "checkpoints" / "step_000003")
-    result = launch("train_dvpo", {**flags, "resume": first}, "kill_at(8, of_rank=1)", tmp_path, ranks=2,
+    first, manifest = str(folder / "checkpoints/step_000003"), str(folder / "checkpoints/step_000006/manifest.json")
+    patch = f"at_update(7, lambda: open({manifest!r}, 'w').close()); " if damaged else ""
+    result = launch("train_dvpo", {**flags, "resume": first}, patch + "kill_at(8, of_rank=1)", tmp_path, ranks=2,
                     launcher=["--max-restarts", "1"])  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     begun = [line for line in result.stdout.splitlines() if line.startswith("going on from")]
-    assert [line[-11:] for line in begun] == ["step_000003", "step_000006"]
+    assert [line[-11:] for line in begun] == ["step_000003", then]
     assert [row["step"] for row in read_metrics(folder)] == list(range(1, 9))
 
 
