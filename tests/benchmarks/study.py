@@ -1,4 +1,4 @@
-"""The study: DVPO, PPO, DPO and GRPO on the embedded task, from the same SFT policy and preference data.
+r"""The study: DVPO, PPO, DPO and GRPO on the embedded task, from the same SFT policy and preference data.
 
 DVPO and PPO see the same prompts, and as many answers in as many updates; GRPO as many, eight to a prompt; DPO makes
 as many passes over the pairs as the value model and the reward model do.
@@ -13,6 +13,11 @@ Every run appends one JSON line to `--results`, so a stopped study goes on where
 `main` of each script, `--num-workers` side by side, each on one core. The rows behind the README are in
 `tests/benchmarks/results/study.jsonl`; those in `batch_64/` beside it are of the former defaults of the value model,
 the reward model and DPO. Rows hold the flags that differ from the defaults of their commit.
+
+Another CPU's last bits make another run. How far results move so, the report tells of a file beside `--results`:
+
+    ATEN_CPU_CAPABILITY=avx2 python tests/benchmarks/study.py --only base --seeds 4 5 10 \
+        --results runs/study/rerun.jsonl --output-dir runs/rerun
 """
 
 import concurrent.futures

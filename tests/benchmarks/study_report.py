@@ -46,7 +46,7 @@ NAMES |= {f"{method}_one_pass_fast": f"{NAMES[method]}, {ONE_PASS['dvpo']} updat
 @dataclass
 class Args:
     results: str = str(FOLDER / "study.jsonl")
-    """what study.py has written"""
+    """what study.py has written; `rerun.jsonl` beside it is of the defaults again, with another CPU's kernels"""
     output_dir: str = str(FOLDER)
     """folder of report.md and the plots"""
 
@@ -489,8 +489,8 @@ def simple(rows: list[dict], title: str, *experiments: str) -> None:
         table("method | setting | seeds | gold | worst seed | KL | tokens | gold less the default's at equal KL", lines)
 
 
-def reruns(rows: list[dict]) -> None:
-    """The default settings and the same seeds on another CPU, whose last bits differ: how far do results move?"""
+def reruns(rows: list[dict], again: list[dict]) -> None:
+    """The default settings and the same seeds with other kernels, whose last bits differ: how far do results move?"""
     first = {(row["method"], row["seed"]): row for row in rows if row["key"].startswith("base/")}
 
     def measures(row):
@@ -502,12 +502,13 @@ def reruns(rows: list[dict]) -> None:
             yield f"{NAMES[row['method']]}, gold", row["policy"]["gold"]["mean"]
 
     lines = []
-    for row in (row for row in rows if row["experiment"] == "rerun"):
-        before = dict(measures(first[row["method"], row["seed"]]))
-        lines += [[what, str(row["seed"]), f"{before[what]:.3f}", f"{again:.3f}"] for what, again in measures(row)]
+    for row in again:
+        before = dict(measures(first.get((row["method"], row["seed"]), {})))
+        lines += [[what, str(row["seed"]), f"{before[what]:.3f}", f"{now:.3f}", f"{now - before[what]:+.3f}"]
+                  for what, now in measures(row) if what in before]  # fmt: skip
     if lines:
-        print("\n## The defaults again, on another CPU")
-        table("what | seed | first | again", lines)
+        print("\n## The defaults again, with another CPU's kernels")
+        table("what | seed | first | again | moved by", lines)
 
 
 def main(args: Args) -> None:
@@ -519,23 +520,25 @@ def main(args: Args) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "study"  # the same plot is the same file
     import matplotlib.pyplot as plt
 
-    rows = [json.loads(line) for line in Path(args.results).read_text().splitlines()]
+    read = lambda file: [json.loads(line) for line in file.read_text().splitlines()]
+    results, rerun = Path(args.results), Path(args.results).with_name("rerun.jsonl")
+    rows, again = read(results), read(rerun) if rerun.exists() else []
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "report.md", "w") as file, contextlib.redirect_stdout(file):
-        write_report(rows, folder, plt)
+        write_report(rows, again, folder, plt)
     print(f"wrote {folder}/report.md and the plots")
 
 
-def write_report(rows: list[dict], folder: Path, plt) -> None:
+def write_report(rows: list[dict], again: list[dict], folder: Path, plt) -> None:
     print("# The study on the embedded task\n\nMade by `python tests/benchmarks/study_report.py`.\n")
     for row in rows:  # the tuning seed's default runs belong to the tuning
         tuning = row["seed"] == TUNING_SEED and row["experiment"] == "base"
         row["experiment"] = "tuning" if tuning else row["experiment"]
-    print(f"{len(rows)} runs. A value: interquartile mean over seeds with its 95 % bootstrap interval. A difference: "
-          "mean of differences seed by seed ± half a 95 % t-interval (seeds), bold where it leaves out 0. At equal KL: "
-          "less the gold between two neighbouring coefficients of the same seed; left of the first of them, less the "
-          "straight line from SFT, which lies below the curve.")  # fmt: skip
+    print(f"{len(rows) + len(again)} runs. A value: interquartile mean over seeds with its 95 % bootstrap interval. A "
+          "difference: mean of differences seed by seed ± half a 95 % t-interval (seeds), bold where it leaves out 0. "
+          "At equal KL: less the gold between two neighbouring coefficients of the same seed; left of the first of "
+          "them, less the straight line from SFT, which lies below the curve.")  # fmt: skip
     frontier(rows, folder, plt)
     learning_curves(rows, folder, plt)
     critics(rows, folder, plt)
@@ -552,10 +555,10 @@ def write_report(rows: list[dict], folder: Path, plt) -> None:
     exploited(rows)
     simple(rows, "Without a KL penalty", "unreliable")
     simple(rows, "Settings that were given up", "earlier", "DPO at learning rate 1e-3")
-    reruns(rows)
+    reruns(rows, again)
     simple(rows, f"Tuning: seed {TUNING_SEED}, on which no methods are compared", "tuning")
     untold = sum("train_gvm" in dict(row.get("stages", ())) and "train_gvm" not in row["seconds"] for row in rows)
-    hours = sum(row["wall"] for row in rows) / 3600
+    hours = sum(row["wall"] for row in (*rows, *again)) / 3600
     without = f", without {untold} value models that stood already" if untold else ""
     print(f"\nAll runs together: {hours:.1f} core hours{without}")
 
