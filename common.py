@@ -655,7 +655,9 @@ def read_rows(dataset: str, splits: tuple[str, ...]):
             data = datasets.load_from_disk(str(file))
         else:
             data = datasets.load_dataset(path)
-    if isinstance(data, datasets.DatasetDict):
+    if not isinstance(data, datasets.DatasetDict):
+        check(split in ("", "train"), f"--dataset {dataset}: no split {split!r}; {path} is 'train'")
+    else:
         wanted = split or next((s for s in splits if s in data), next(iter(data)))
         check(wanted in data, f"--dataset {dataset}: no split {wanted!r}; there are {', '.join(data)}")
         log(f"dataset {path}: split {wanted!r} of {', '.join(data)}")
@@ -1051,8 +1053,10 @@ def load_policy(path: str, tokenizer, dtype: torch.dtype):
     else:
         model, info = load_pretrained(transformers.AutoModelForCausalLM, path, config=config, dtype=dtype,
                                       use_safetensors=True, output_loading_info=True)  # fmt: skip
+        judges = "score.weight" in info["unexpected_keys"]  # it may lack nothing: where embeddings are tied
+        check(not judges, f"{path}: no language model, but a value or reward model")
         missing = ", ".join(sorted(info["missing_keys"])[:3])
-        check(not missing, f"{path}: no language model, it lacks {missing}; is it a value or reward model?")
+        check(not missing, f"{path}: no language model, it lacks {missing}")
     # What ends an answer travels with the checkpoint, whatever the base model's own generation settings were.
     ends = sorted({end_of_turn_id(tokenizer), tokenizer.eos_token_id})
     model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
@@ -1292,8 +1296,9 @@ class Run:
             import wandb
 
             before = getattr(self.carried, "wandb_id", None)
-            tracked = wandb.init(project="dvpo", name=self.folder.name, config=asdict(self.args), dir=self.folder,
-                                 id=before, resume="allow")  # fmt: skip
+            with user_errors(Exception, "--track wandb: cannot start; `wandb login`, or WANDB_MODE=offline"):
+                tracked = wandb.init(project="dvpo", name=self.folder.name, config=asdict(self.args), dir=self.folder,
+                                     id=before, resume="allow")  # fmt: skip
             self.carried.wandb_id = tracked.id
             self.tracker = wandb.log
             self.taken.callback(wandb.finish)
@@ -1379,8 +1384,9 @@ class Run:
         same = state["data"] == self.data
         check(same, f"{self.source}: --dataset {self.args.dataset} or a frozen model has changed since; --overwrite "
               "starts again")  # fmt: skip
-        if state["versions"] != versions():
-            log(f"warning: {self.source} was made with {state['versions']}, now {versions()}: results may differ")
+        before, now = {**state["versions"], "ranks": state["ranks"]}, {**versions(), "ranks": dist.get_world_size()}
+        if before != now:
+            log(f"warning: {self.source} was made with {before}, now {now}: results may differ")
         tensors = self.tensors()
         with user_errors(dcp.CheckpointException, f"{self.source}: does not fit {self.args.model_path}"):
             dcp.load(tensors, checkpoint_id=self.source)

@@ -233,7 +233,6 @@ def main(args: Args) -> None:
     common.check_positive(args, "batch_size", "num_epochs", "num_examples", "context_trajectory_length")
     common.check_between(0, 1, args, "warmup_fraction", "gamma", "td_lambda")
     common.check_between(0, math.inf, args, "bt_coef", "num_context_trajectories")
-    common.check_multiple("--batch-size", args.batch_size, 2 * world_size, "a pair for every process")
     common.check_multiple("the number of processes", world_size, args.dp_replicate, "--dp-replicate")
     mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
                             mesh_dim_names=("replicate", "shard"))  # fmt: skip
@@ -246,13 +245,15 @@ def main(args: Args) -> None:
     needs = {"preference": "pairs", "score": "scores"}[args.label_source]
     examples, heldout = common.load_examples(args.dataset, needs)
     train_set, group_size = tokenize(tokenizer, examples[: args.num_examples], args.label_source, args)
+    common.check_multiple("--batch-size", args.batch_size, group_size * world_size, "whole pairs for every process")
     common.check_multiple("--micro-batch-size", args.micro_batch_size, group_size, "the answers of a pair")
     heldout_set, _ = tokenize(tokenizer, heldout, args.label_source, args, heldout=True)
     if args.label_source == "score":
         scores = torch.tensor([answer.label for answer in train_set])
         common.check(scores.std() > 0, f"--label-source score: all scores in {args.dataset} equal {scores[0].item():g}")
+        mean, std = scores.mean().item(), scores.std().item()
         for answer in train_set + heldout_set:
-            answer.label = (answer.label - scores.mean().item()) / scores.std().item()
+            answer.label = (answer.label - mean) / std
     outcomes = torch.tensor([answer.label for answer in heldout_set])
     pairs = torch.arange(len(heldout_set) if group_size == 2 else 0).view(-1, 2)  # (pairs, 2): good, bad
     if args.num_context_trajectories:
@@ -281,6 +282,8 @@ def main(args: Args) -> None:
               + args.num_context_trajectories * args.context_trajectory_length,
               max(len(answer.response_ids) for answer in train_set))  # fmt: skip
     done, _ = run.start([(gvm, optimizer, scheduler)], num_updates, common.fingerprint(train_set))
+    if rank == 0 and not done:
+        (run.folder / "report.json").unlink(missing_ok=True)  # of a run that stood there
     for update in range(done + 1, num_updates + 1):
         start = common.clock(device)
         # ---- 4 Update ------------------------------------------------------------------------------------------------

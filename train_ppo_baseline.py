@@ -395,7 +395,8 @@ def train_reward_model(args: Args, policy_run, tokenizer, mesh, dtype: torch.dty
         return
     rank, world_size = dist.get_rank(), dist.get_world_size()
     common.check_multiple("--micro-batch-size", args.micro_batch_size, 2, "the answers of a pair")
-    common.check_multiple("--reward-batch-size", args.reward_batch_size, 2 * world_size, "a pair for every process")
+    common.check_multiple("--reward-batch-size", args.reward_batch_size, 2 * world_size,
+                          "whole pairs for every process")  # fmt: skip
     examples, heldout = common.load_examples(args.dataset, needs="pairs")
     train_set = tokenize_pairs(tokenizer, examples, args)
     heldout_set = tokenize_pairs(tokenizer, heldout, args, heldout=True)
@@ -481,6 +482,8 @@ def main(args: Args) -> None:
     tokenizer = common.load_tokenizer(args.model_path)
     if args.critic_path is not None:
         common.check_same_tokenizer(args.model_path, tokenizer, args.critic_path)
+        one_output = common.load_config(args.critic_path, tokenizer).num_labels == 1  # said before an RM is trained
+        common.check(one_output, f"--critic-path {args.critic_path}: no value or reward model")
     examples, _ = common.load_examples(args.dataset, needs="prompts")
     examples = list({str(example.prompt): example for example in examples}.values())  # each prompt once
     examples, all_prompts = common.fit_prompts(tokenizer, examples, args.max_prompt_length)

@@ -145,10 +145,11 @@ def test_datasets_that_are_not_there(dataset, message, fails, tiny_model, tmp_pa
 def test_unknown_split(fails, tiny_model, tmp_path):
     import datasets
 
-    datasets.DatasetDict({"train": datasets.Dataset.from_list([PAIR])}).save_to_disk(tmp_path / "data")
-    fails(
-        sft, "no split 'validation'; there are train", model_path=tiny_model, dataset=f"{tmp_path / 'data'}:validation"
-    )
+    data = datasets.Dataset.from_list([PAIR])
+    data.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "several")
+    fails(sft, "no split 'test'; there are train", model_path=tiny_model, dataset=f"{tmp_path / 'several'}:test")
+    fails(sft, "no split 'test'; .*one is 'train'", model_path=tiny_model, dataset=f"{tmp_path / 'one'}:test")
 
 
 def test_a_damaged_dataset_folder(fails, tiny_model, tmp_path):
@@ -356,8 +357,13 @@ def test_tokenizers_differ(difference, fails, tiny_model, tiny_gvm, tmp_path):
 
 
 @pytest.mark.parametrize("module", [sft, train_dvpo])
-def test_a_gvm_is_no_policy(module, fails, tiny_gvm):
-    fails(module, "no language model, it lacks lm_head.weight; is it a value or reward", model_path=tiny_gvm,
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_gvm_is_no_policy(module, tied, fails, tiny_gvm, tmp_path):
+    """Also where the output head is the embedding, which a value model has, too."""
+    path = shutil.copytree(tiny_gvm, tmp_path / "copy")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tied}))
+    fails(module, "no language model, but a value or reward model", model_path=str(path),
           **({"gvm_path": tiny_gvm} if module is train_dvpo else {}))  # fmt: skip
 
 
@@ -387,6 +393,7 @@ def test_a_reward_model_without_a_name(fails, tiny_model):
 
 def test_a_critic_is_missing_before_a_reward_model_is_trained(fails, tiny_model):
     fails(train_ppo_baseline, "runs/nowhere: no such folder", model_path=tiny_model, critic_path="runs/nowhere")
+    fails(train_ppo_baseline, "--critic-path .*: no value or reward", model_path=tiny_model, critic_path=tiny_model)
 
 
 def test_a_tokenizer_without_chat_templates(fails, tiny_model, monkeypatch):

@@ -414,8 +414,12 @@ def test_all_held_out_prompts_may_be_too_long(module, some_pairs, tiny_model, tm
     out = {"output_dir": str(tmp_path / "out")}
     if module is train_ppo_baseline:
         out |= {"reward_output_dir": str(tmp_path / "rm"), "num_updates": 1, "rollout_batch_size": 8}
+    (tmp_path / "out").mkdir()
+    for name in ("args.json", "report.json"):  # of another run, that had held-out answers
+        (tmp_path / "out" / name).write_text("{}")
     module.main(module.Args(model_path=tiny_model, dataset=str(data), **out))
     assert (tmp_path / "out" / "config.json").exists()
+    assert module is not train_gvm or not (tmp_path / "out" / "report.json").exists()
 
 
 @pytest.mark.parametrize("td_lambda", [0.0, 0.95])

@@ -74,4 +74,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    with common.one_line_errors():
+        main(tyro.cli(Args))

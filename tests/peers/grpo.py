@@ -1,6 +1,6 @@
 """GRPO by TRL's trainer, from the same SFT checkpoint, prompts and reward model as the PPO baseline.
 
-TRL shows the reward model every answer as a finished one, so answers that were cut are not punished for it.
+Answers that were cut are scored where they stop, as DVPO does, without PPO's --missing-eos-penalty.
 
     pip install -e '.[peers]'
     python train_ppo_baseline.py                                         # leaves the reward model in runs/rm
@@ -55,6 +55,7 @@ class Args:
 
 
 def main(args: Args) -> None:
+    common.check_multiple("--rollout-batch-size", args.rollout_batch_size, args.num_minibatches, "--num-minibatches")
     tokenizer = common.load_tokenizer(args.model_path)
     examples, _ = common.load_examples(args.dataset, needs="prompts")
     prompts = [{"prompt": e.prompt} for e in {str(e.prompt): e for e in examples}.values()]
@@ -85,7 +86,7 @@ def main(args: Args) -> None:
 
     @torch.no_grad()
     def score(prompts, completion_ids, **_):
-        """PPO's score. Given the RM, TRL would look for an answer's end by token id, and EOS may be padding, too."""
+        """The RM's. Given the RM itself, TRL looks for an answer's end by token id, and EOS may be padding, too."""
         prompt_ids = [common.tokenize_prompt(tokenizer, prompt) for prompt in prompts]
         batch = common.pad_batch(prompt_ids, completion_ids, tokenizer.pad_token_id, config.device)
         return common.last_values(token_values(rm, **batch), batch["response_mask"]).tolist()
@@ -102,4 +103,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    with common.one_line_errors():
+        main(tyro.cli(Args))
