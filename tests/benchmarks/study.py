@@ -160,6 +160,7 @@ TUNING = {  # all that was tried; the defaults are the best of it, as far as one
             for rates in (
                 {"learning_rate": 6e-4},
                 {"learning_rate": 1.2e-3},
+                {"learning_rate": 2.4e-3},
                 {"learning_rate": 1.2e-3, "critic_learning_rate": 6e-4},
                 {"learning_rate": 1.2e-3, "critic_learning_rate": 1.2e-3},
             )
