@@ -495,9 +495,11 @@ def test_models_from_the_hub_are_told_apart(tiny_gvm, tmp_path):
 
 def test_a_resumed_run_goes_on_in_wandb(settings, tmp_path, monkeypatch):
     """As the run it was; updates that are made again are sent again, which wandb passes over."""
-    begun, logged = [], []
+    begun, logged, key = [], [], None
 
     def init(id, **kwargs):
+        if key is None:
+            raise RuntimeError("api_key not configured")
         begun.append((id, kwargs["resume"]))
         return types.SimpleNamespace(id=id or "fresh")
 
@@ -508,9 +510,12 @@ def test_a_resumed_run_goes_on_in_wandb(settings, tmp_path, monkeypatch):
         common.importlib.util, "find_spec", lambda name, *rest: name == "wandb" or find_spec(name, *rest)
     )
     flags = settings("sft", tmp_path / "run", track="wandb")
+    with pytest.raises(common.UserError, match="`wandb login`.*api_key"):
+        train("sft", flags)
+    key = "given"
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         interrupt(patch, "log", 4, after=True)
-        train("sft", flags)
+        train("sft", flags, overwrite=True)
     train("sft", flags, resume=())
     assert begun == [(None, "allow"), ("fresh", "allow")] and logged == [1, 2, 3, 4, 4, 5, 6, 7, 8]
 
