@@ -488,6 +488,8 @@ def main(args: Args) -> None:
         for i, text in enumerate(texts):  # `instruction`, `output` and `generator` are what AlpacaEval reads
             written.append({"prompt": asked[i], "instruction": questions[i], "output": text, "generator": name,
                             **{key: x[i] for key, x in numbers.items()}})  # fmt: skip
+        if dist.get_rank() == 0:  # now: the next policy may fail
+            (folder / "answers.json").write_text(json.dumps(written, indent=2) + "\n")
         common.log(f"{name}: done")
         del policy
         gc.collect()  # the model and its methods refer to each other: without it, its memory would stay taken
@@ -517,7 +519,6 @@ def main(args: Args) -> None:
     # ---- 6 Report ----------------------------------------------------------------------------------------------------
     if dist.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        (folder / "answers.json").write_text(json.dumps(written, indent=2) + "\n")
         write_html(folder / "report.html", results, samples)
     table = policy_table(results["policies"])
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]

@@ -535,6 +535,15 @@ def test_what_a_terminal_would_obey_is_shown(make, fails, tiny_model, capsys):
     assert capsys.readouterr().out == "a\\x1b[31m\nb\n"
 
 
+def test_a_bad_policy_takes_nothing_from_the_good_one_before(tiny_model, tiny_gvm, tmp_path):
+    with pytest.raises(common.UserError, match="no language model"):
+        evaluate.main(evaluate.Args((f"good={tiny_model}", f"bad={tiny_gvm}"), tiny_model, None, num_prompts=2,
+                                    output_dir=str(tmp_path)))  # fmt: skip
+    dist.destroy_process_group()
+    answers = json.loads((tmp_path / "answers.json").read_text())
+    assert {answer["generator"] for answer in answers} == {"good"} and len(answers) >= 2
+
+
 # ---- Security --------------------------------------------------------------------------------------------------------
 def test_names_are_no_paths(tiny_model, tmp_path):
     """A policy's name goes into tables; it cannot lead out of the output folder."""

@@ -630,7 +630,7 @@ def test_versions_are_recorded(stopped, monkeypatch, capsys):
     assert state["versions"]["torch"] == torch.__version__
     monkeypatch.setattr(common, "versions", lambda: {"torch": "3.0"})
     train("train_dvpo", flags, resume=())
-    assert "now {'torch': '3.0'}: results may differ" in capsys.readouterr().out
+    assert "now {'torch': '3.0', 'ranks': 1}: results may differ" in capsys.readouterr().out
     assert "torch 3.0" in (folder / "README.md").read_text()
 
 
