@@ -49,7 +49,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "peers")]
 
 STUDY = ("base", "frontier", "advantage", "gvm", "stability", "unreliable")  # three seeds in some three hours
 MORE = ("equal_time", "equal_time_fast", "equal_time_one_pass", "equal_time_one_pass_fast", "one_pass_fast",
-        "dpo_batch_16", "trajectories", "uncentered", "ppo_variants", "judges", "tuning")  # fmt: skip
+        "stability_one_pass", "dpo_batch_16", "trajectories", "uncentered", "ppo_variants", "judges",
+        "tuning")  # fmt: skip
 COEFS = {  # of the KL to the reference: kl_coef (DVPO, PPO), beta (GRPO, DPO)
     "dvpo": (0.2, 0.1, 0.05, 0.025, 0.0125),
     "ppo": (0.4, 0.2, 0.1, 0.05, 0.025),
@@ -299,6 +300,11 @@ def cells(experiment: str, seed: int) -> list[Cell]:
     if experiment == "stability":
         return [train(method, f"learning_rate={rate:g}", {"learning_rate": rate}, coef=DEFAULT[method])
                 for method in ("dvpo", "ppo") for rate in RATES]  # fmt: skip
+    if experiment == "stability_one_pass":  # half and twice the rate of one_pass_fast
+        flags = {**ONE_PASS_FAST, "max_kl": 1e9}
+        return [train(method, f"{ONE_PASS['dvpo']} updates, learning_rate={factor * flags['learning_rate']:g}",
+                      {**flags, "learning_rate": factor * flags["learning_rate"]}, coef=DEFAULT[method])
+                for method in ("dvpo", "ppo") for factor in (0.5, 2)]  # fmt: skip
     # A GVM from a sixteenth of the pairs and nothing that holds the policy back: it will be exploited.
     small = "gvm-unreliable"
     flags = {"kl_coef": 0.0, "max_kl": 1e9}

@@ -219,14 +219,14 @@ def by_seed(rows) -> dict[int, list[tuple[float, float]]]:
     return curves
 
 
-def less_frontier(rows: list[dict], members: list[dict]) -> str:
-    """Gold of runs less that of their method's default settings at the same KL and seed.
+def less_frontier(rows: list[dict], members: list[dict], experiments=("base", "frontier")) -> str:
+    """Gold of runs less that of their method in `experiments`, the default settings, at the same KL and seed.
 
     Left of the smallest KL there it is less the straight line from SFT, which lies below the curve.
     """
     method = members[0]["method"]
-    curves = by_seed(row for row in rows if row["method"] in ("sft", method)
-                     and row["experiment"] in ("base", "frontier"))  # fmt: skip
+    curves = by_seed(row for row in rows if row["method"] == "sft"
+                     or (row["method"] == method and row["experiment"] in experiments))  # fmt: skip
     pairs = [(row["policy"]["gold"]["mean"], interpolate(curves[row["seed"]], row["policy"]["kl"])) for row in members]
     return paired(*zip(*pairs)) if None not in (gold for pair in pairs for gold in pair) else "-"
 
@@ -480,11 +480,11 @@ def exploited(rows: list[dict]) -> None:
     table("run | coefficient | seed | gold | KL | largest `val/off_support` | until update", lines)
 
 
-def simple(rows: list[dict], title: str, *experiments: str) -> None:
+def simple(rows: list[dict], title: str, *experiments: str, default=("base", "frontier")) -> None:
     groups = group(rows, *experiments)
     if groups:
         print(f"\n## {title}")
-        lines = [[NAMES[m], setting, *policy_cells(members), less_frontier(rows, members)]
+        lines = [[NAMES[m], setting, *policy_cells(members), less_frontier(rows, members, default)]
                  for (m, setting), members in groups.items() if "policy" in members[0]]  # fmt: skip
         table("method | setting | seeds | gold | worst seed | KL | tokens | gold less the default's at equal KL", lines)
 
@@ -550,6 +550,8 @@ def write_report(rows: list[dict], again: list[dict], folder: Path, plt) -> None
     at_default = [row for row in rows if row["experiment"] != "uncentered" or row["coef"] == DEFAULT["dvpo"]]
     simple(at_default, "Advantage estimator", "uncentered", "advantage")
     simple(rows, "Stability: learning rates", "stability")
+    simple(rows, "Stability: learning rates with one pass, against twice the default's rate", "stability_one_pass",
+           default=("one_pass_fast",))  # fmt: skip
     simple(rows, "PPO with what DVPO was given", "ppo_variants")
     simple(rows, "DPO with one pass instead of three", "dpo_one_pass")
     exploited(rows)
