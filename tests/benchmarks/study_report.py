@@ -468,11 +468,13 @@ def exploited(rows: list[dict]) -> None:
     table("run | seeds | | 20 % | 40 % | 60 % | 80 % | 100 %", lines)
     lines = []
     for row in rows:
-        if row["experiment"] in COMPARED and "curve" in row and row["policy"]["gold"]["mean"] < 0.8:
+        steep = row["experiment"] in ("stability", "stability_one_pass")
+        if (row["experiment"] in COMPARED or steep) and "curve" in row and row["policy"]["gold"]["mean"] < 0.8:
             shares, steps = row["curve"]["val/off_support"], row["curve"]["step"]
             worst = max(range(len(shares)), key=shares.__getitem__)
             gold, kl = row["policy"]["gold"]["mean"], row["policy"]["kl"]
-            lines.append([NAMES[kind(row)], f"{row['coef']:g}", str(row["seed"]), f"{gold:.3f}", f"{kl:.1f}",
+            name = NAMES[kind(row)] + (f", {row['setting']}" if steep else "")
+            lines.append([name, f"{row['coef']:g}", str(row["seed"]), f"{gold:.3f}", f"{kl:.1f}",
                           f"{shares[worst]:.2f}", str(steps[worst])])  # fmt: skip
     if lines:
         print("\nDid it tell? Runs of DVPO and PPO, of all pairs, that ended below a gold of 0.8, and the largest "
