@@ -67,7 +67,7 @@ def test_the_report_is_that_of_the_rows(results, tmp_path):
 @pytest.mark.parametrize("document, start, end, at_least", [
     ("README.md", "# DVPO", "## Two commands", 5),
     ("README.md", "## Results", "### Time and memory", 60),
-    ("RESULTS.md", "# Results", "## Real pairs", 200),
+    ("tests/benchmarks/README.md", "# Results", "## Real pairs", 200),
 ])  # fmt: skip
 def test_the_documents_say_what_the_reports_say(document, start, end, at_least):
     """Every interval and every difference with a margin that they give of the study stands in one of the reports."""
