@@ -3,18 +3,20 @@
     python evaluate.py                                                         # sft and dvpo on the embedded task
     python evaluate.py sft=runs/sft dvpo=runs/dvpo other=some/folder --dataset DATA --response-length 640
 
-For each policy: gold score (embedded task) and the GVM's verdict, KL to the reference, answer length, how often the
-answer ends by itself, and how often it beats the first policy on the same prompt. For the GVM: how often it prefers the
-better of two held-out answers, by several statistics of its token values and by how much of the answer it has seen.
+For each policy: gold score, where a task has an exact one, the GVM's verdict, KL to the reference, answer length, how
+often the answer ends by itself, and how often it beats the first policy on the same prompt. For the GVM: how often it
+prefers the better of two held-out answers, by statistics of its token values and by how much of the answer it has seen.
 
 In: any number of NAME=PATH. Out: `results.json`, `report.html` and, for judges elsewhere, `answers.json` in
 `--output-dir`. All intervals are 95 % bootstrap intervals over prompts.
 Shapes: B sequences, P prompt tokens (left-padded), R response tokens, V vocabulary, H hidden.
 """
 
+import contextlib
 import gc
 import html
 import json
+import math
 import os
 import random
 import types
@@ -27,7 +29,9 @@ import torch.distributed as dist
 import tyro
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import common
 
@@ -42,8 +46,8 @@ class Args:
     """policy that KL is measured to: local folder or hub id"""
     gvm_path: str | None = "runs/gvm"
     """global value model to examine: local folder or hub id; None for none"""
-    dataset: str = "toy"
-    """"toy", a hub name or a local file or folder: its held-out part; as NAME:SPLIT: all of that split"""
+    dataset: str = "tests/tasks/lists.py"
+    """a task's file, a hub name or a local file or folder: its held-out part; as NAME:SPLIT: all of that split"""
     output_dir: str = "runs/eval"
     """folder of results.json, report.html and answers.json"""
 
@@ -69,54 +73,6 @@ class Args:
 
 
 # ---- Models ----------------------------------------------------------------------------------------------------------
-# Copied from train_dvpo.FusedLogprobs
-class FusedLogprobs(torch.autograd.Function):
-    """Linear + log-softmax + gather over slices of the vocabulary, whose logits are recomputed in backward."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, labels, temperature, chunk_size):
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        top = hidden.new_full((len(hidden),), -torch.inf, dtype=dtype)  # (N,) the largest logit so far
-        total, weighted = torch.zeros_like(top), torch.zeros_like(top)  # (N,) sums of e^(z - top) and z e^(z - top)
-        label_logits = torch.zeros_like(top)  # (N,)
-        for start in range(0, len(weight), chunk_size):
-            logits = project(hidden, weight[start : start + chunk_size]).div_(temperature)  # (N, chunk)
-            place = labels - start  # (N,) the label's column, if it is in this slice
-            column = place.clamp(0, logits.shape[1] - 1)
-            label_logits += logits.gather(1, column[:, None])[:, 0] * (place == column)
-            before, top = top, torch.maximum(top, logits.amax(1))
-            shrink, exp = (before - top).exp(), (logits - top[:, None]).exp_()  # (N,), (N, chunk)
-            total = total * shrink + exp.sum(1)
-            weighted = weighted * shrink + exp.mul_(logits).sum(1)
-            del logits, exp  # or they would still be held while the next slice's are made
-        logsumexp = top + total.log()  # (N,)
-        entropy = logsumexp - weighted / total
-        ctx.save_for_backward(hidden, weight, labels, logsumexp)
-        ctx.temperature, ctx.chunk_size = temperature, chunk_size
-        ctx.mark_non_differentiable(entropy)
-        return label_logits - logsumexp, entropy
-
-    @staticmethod
-    def backward(ctx, grad_logprobs, _):
-        hidden, weight, labels, logsumexp = ctx.saved_tensors
-        g = -grad_logprobs[:, None] / ctx.temperature  # (N, 1)
-        grad_hidden = torch.zeros_like(hidden, dtype=g.dtype)  # (N, H) summed in fp32
-        grad_weight = torch.empty_like(weight)  # (V, H)
-        scaled = (g * hidden).to(hidden.dtype)  # (N, H)
-        for start in range(0, len(weight), ctx.chunk_size):
-            slice_ = weight[start : start + ctx.chunk_size]  # (chunk, H)
-            residual = project(hidden, slice_).div_(ctx.temperature).sub_(logsumexp[:, None]).exp_()  # (N, chunk)
-            place = labels - start
-            column = place.clamp(0, residual.shape[1] - 1)
-            # p - onehot(y): minus the gradient of log p_y by the logits.
-            residual.scatter_add_(1, column[:, None], -(place == column)[:, None].to(residual.dtype))
-            residual = residual.to(weight.dtype)
-            grad_hidden += project(residual, slice_.T)
-            grad_weight[start : start + ctx.chunk_size] = project(residual.T, scaled.T)
-            del residual
-        return grad_hidden.mul_(g).to(hidden.dtype), grad_weight, None, None, None
-
-
 # Copied from train_dvpo.project
 def project(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`x @ weight.T`, accumulated and returned in at least fp32: rounding logits to bf16 would move PPO's ratios."""
@@ -126,18 +82,14 @@ def project(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x.to(dtype) @ weight.to(dtype).T
 
 
-# Copied from train_dvpo.fused_logprobs
-def fused_logprobs(hidden, weight, labels, temperature: float = 1.0, chunk_size: int | None = None):
-    """`log softmax(hidden @ weight.T / temperature)` at `labels`, and the entropy, never holding `(N, V)` logits.
-
-    `hidden (N, H)`, `weight (V, H)`, `labels (N,)`; returns `(logprobs, entropy)`, `(N,)` each in at least fp32.
-    Log-probs are differentiable in `hidden` and `weight`; the entropy is for logging and is not. Extra memory: some
-    N x max(`chunk_size`, H) floats. The softmax is summed over `chunk_size` rows of `weight` at a time (None: by
-    device), as in arXiv:1805.02867.
-    """
-    # Small slices stay in a CPU's cache; on a GPU they would take longer to launch than to compute (by estimate).
-    chunk_size = chunk_size or (4096 if hidden.is_cuda else 1024)
-    return FusedLogprobs.apply(hidden, weight, labels, temperature, chunk_size)
+def fused_logprobs(hidden, weight, labels, temperature: float):
+    """What `train_dvpo.fused_logprobs` returns, some tokens at a time: no backward pass will need anything."""
+    parts = []
+    for rows, targets in zip(hidden.split(1024), labels.split(1024)):
+        logprobs = (project(rows, weight) / temperature).log_softmax(1)  # (rows, V)
+        entropy = -(logprobs.exp() * logprobs).sum(1)
+        parts.append(torch.stack([logprobs.gather(1, targets[:, None])[:, 0], entropy]))
+    return torch.cat(parts, 1).unbind(0)
 
 
 # Copied from train_dvpo.token_logprobs
@@ -190,50 +142,108 @@ def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, tem
     an answer does not depend on the number of ranks; `end_ids (E,)` end an answer. Returns `response_ids` and
     `response_mask (B, R)`, the ending token inside the mask, `pad_id` after it.
     """
-    (B, P), R = prompt_ids.shape, uniforms.shape[1]
-    model.set_reshard_after_forward(False)  # gather the weights once, not once per token
+    R = uniforms.shape[1]
+    response_ids = torch.full_like(uniforms, pad_id, dtype=prompt_ids.dtype)  # (B, R)
+    response_mask = torch.zeros_like(response_ids, dtype=torch.bool)
+    running = torch.ones_like(response_mask[:, 0])  # (B,) has not ended yet
+    with whole_weights(model):
+        read, tokens = reader(model, prompt_mask, R), prompt_ids
+        for t in range(R):
+            cumulative = torch.softmax(read(tokens) / temperature, 1).cumsum(1)  # (B, V)
+            threshold = uniforms[:, t, None] * cumulative[:, -1:]
+            sampled = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=cumulative.shape[1] - 1)
+            response_ids[:, t] = torch.where(running, sampled, pad_id)
+            response_mask[:, t] = running
+            running = running & ~torch.isin(sampled, end_ids)
+            if not running.any():
+                break
+            tokens = response_ids[:, t : t + 1]  # (B, 1)
+    return response_ids, response_mask
+
+
+# Copied from train_dvpo.whole_weights
+@contextlib.contextmanager
+def whole_weights(model):
+    """Gather a sharded model's weights once, not once per token."""
     was_training = model.training
     model.eval()  # gradient checkpointing would silently drop the cache in train mode
-    response_ids = prompt_ids.new_full((B, R), pad_id)
-    response_mask = torch.zeros_like(response_ids, dtype=torch.bool)
-    attention_mask = torch.cat([prompt_mask, torch.ones_like(response_mask)], 1)  # (B, P + R)
-    positions = common.position_ids(attention_mask)
-    running = torch.ones_like(response_mask[:, 0])
-    cache = common.key_value_cache(model, P + R)
-    static = isinstance(cache, StaticCache)
-    t = prompt_ids.new_zeros(1)  # the next token's column: a tensor, and all changes in place, for the graph's sake
-
-    def sample(tokens, seen, places):
-        outputs = model.base_model(
-            tokens, attention_mask=seen, position_ids=places, use_cache=True, **{common.CACHE: cache}
-        )
-        logits = project(outputs.last_hidden_state[:, -1], model.get_output_embeddings().weight)  # (B, V)
-        cumulative = torch.softmax(logits / temperature, 1).cumsum(1)  # (B, V)
-        threshold = uniforms.index_select(1, t) * cumulative[:, -1:]
-        sampled = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=cumulative.shape[1] - 1)
-        response_ids.index_copy_(1, t, torch.where(running, sampled, pad_id)[:, None])
-        response_mask.index_copy_(1, t, running[:, None])
-        running.logical_and_(~torch.isin(sampled, end_ids))
-        t.add_(1)
-
-    step = lambda: sample(response_ids.index_select(1, t - 1), seen, positions.index_select(1, P + t - 1))
-    seen = attention_mask if static else prompt_mask  # as wide as the cache
-    sample(prompt_ids, seen, positions[:, :P])
-    for i in range(1, R):
-        if not running.any():
-            break
-        if not static:
-            seen = attention_mask[:, : P + i]
-        elif i == 2:  # the first step of one token has warmed up what a graph cannot
-            step = common.cuda_graph(step)
-        step()
+    model.set_reshard_after_forward(False)
+    yield
     model.train(was_training)
     model.set_reshard_after_forward(True)
     model.set_reshard_after_forward(not was_training, recurse=False)  # as `shard` does
     for unit in model.modules():  # left gathered across an optimizer step, the next forward would use stale weights
         if isinstance(unit, FSDPModule):
             unit.reshard()
-    return response_ids, response_mask
+
+
+# Copied from train_dvpo.reader
+def reader(model, prompt_mask, R: int):
+    """`read(tokens)` takes the next tokens `(B, N)` into a key-value cache and returns the logits `(B, V)` after them.
+
+    The prompts come first, masked by `prompt_mask (B, P)`, then at most `R` tokens one by one.
+    """
+    P = prompt_mask.shape[1]
+    attention_mask = torch.nn.functional.pad(prompt_mask, (0, R), value=True)  # (B, P + R)
+    positions = common.position_ids(attention_mask)
+    cache = key_value_cache(model, P + R)
+    static, num_read = isinstance(cache, StaticCache), 0
+
+    def step(tokens, mask, places):
+        hidden = model.base_model(tokens, attention_mask=mask, position_ids=places, use_cache=True, **{CACHE: cache})
+        return project(hidden.last_hidden_state[:, -1], model.get_output_embeddings().weight)  # (B, V)
+
+    def read(tokens):
+        nonlocal step, num_read
+        start, num_read = num_read, num_read + tokens.shape[1]
+        mask = attention_mask if static else attention_mask[:, :num_read]  # as wide as the cache
+        inputs = tokens, mask, positions[:, start:num_read]
+        if static and start == P + 1:  # the first step of one token has warmed up what a graph cannot
+            step = replayed(step, inputs)
+        return step(*inputs)
+
+    return read
+
+
+# Copied from train_dvpo.replayed
+def replayed(step, inputs):
+    """A function that does what `step(*inputs)` does with other tensors of these shapes, as one CUDA graph.
+
+    One by one, the hundreds of kernels of a decoding step take longer to launch than to run.
+    """
+    inputs, graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's threads may go on meanwhile
+        output = step(*inputs)
+
+    def replay(*tensors):
+        for place, tensor in zip(inputs, tensors):
+            place.copy_(tensor)
+        graph.replay()
+        return output
+
+    return replay
+
+
+# A cache's name among a model's arguments: transformers 5.24 has changed it.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+# Copied from train_dvpo.key_value_cache
+def key_value_cache(model, length: int) -> DynamicCache | StaticCache:
+    """An empty cache for `length` tokens: a static one where `replayed` can repeat the model's step for one token.
+
+    That is on a GPU, where nothing is left for Python to decide or count: no sliding window, no rotary scale that
+    depends on the length, no choice of experts, and a plain mask of SDPA.
+    """
+    config, rope = model.config, getattr(model.config, "rope_parameters", None) or {}
+    plain = model._can_compile_fullgraph and config._attn_implementation == "sdpa"
+    scaled = rope.get("rope_type") in ("dynamic", "longrope")
+    experts = any("expert" in name for name, _ in model.named_modules())
+    if model.device.type == "cuda" and plain and not scaled and not experts:
+        cache = StaticCache(config, max_cache_len=length)
+        if all(type(layer) is StaticLayer for layer in cache.layers):
+            return cache
+    return DynamicCache(config=config)
 
 
 # Copied from train_gvm.token_values
@@ -304,15 +314,93 @@ def policy_pools(answers: list[Answer]) -> dict[str, list[common.Trajectory]]:
     return pools
 
 
-# Copied from train_gvm.heldout_statistics
+# ---- How good is a value model? --------------------------------------------------------------------------------------
+PERCENTILES = (1, 5, 10, 90, 95, 99)
+FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def token_statistics(values: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Per-answer statistics of the token values (Table 4 of arXiv:2502.16944v1) and values by fraction of the answer.
+
+    `values (B, R + 1)`, `mask (B, R)`. Returns `mean last p1 p5 ... p99` over the response tokens and `at_0 ... at_1`,
+    the value once that fraction of the answer has been seen (`at_0`: the prompt alone); each `(B,)`.
+    """
+    tokens = values[:, 1:].double().masked_fill(~mask, math.nan)  # (B, R)
+    lengths = mask.sum(1)  # (B,)
+    statistics = {"mean": tokens.nanmean(1), "last": common.last_values(values.double(), mask)}
+    for p in PERCENTILES:
+        statistics[f"p{p}"] = tokens.nanquantile(p / 100, dim=1)
+    for f in FRACTIONS:
+        column = (f * lengths).round().long()[:, None]  # (B, 1)
+        statistics[f"at_{f:g}"] = values.double().gather(1, column)[:, 0]
+    return statistics
+
+
+def wins(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """1 where `x` is above `y`, 1/2 where they are equal, 0 where it is below; the mean is a win rate or accuracy."""
+    return (x > y).double() + 0.5 * (x == y).double()
+
+
+def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Pearson's; 0 where either side is constant."""
+    x, y = x - x.mean(), y - y.mean()
+    scale = (x.norm() * y.norm()).item()
+    return (x @ y).item() / scale if scale > 0 else 0.0
+
+
+def explained_variance(predicted: torch.Tensor, actual: torch.Tensor) -> float:
+    """`1 - Var(actual - predicted) / Var(actual)`: 1 perfect, 0 no better than a constant; 0 for a constant outcome."""
+    variance = actual.var(correction=0).item()
+    return 1 - (actual - predicted).var(correction=0).item() / variance if variance > 0 else 0.0
+
+
+def value_report(statistics: dict[str, torch.Tensor], outcomes: torch.Tensor, pairs: torch.Tensor) -> dict:
+    """Held-out quality of a value model, from `token_statistics` of N answers.
+
+    `outcomes (N,)` is what came of each answer (label or score); `pairs (M, 2)` indexes good and bad answers. Returns
+    `pair_accuracy` by statistic (ties count half), `explained_variance` and `correlation` of the last value with the
+    outcome, and all three `by_fraction` of the answer seen.
+    """
+
+    def quality(values):
+        return {
+            "pair_accuracy": wins(*values[pairs].unbind(1)).mean().item() if len(pairs) else None,
+            "explained_variance": explained_variance(values, outcomes.double()),
+            "correlation": correlation(values, outcomes.double()),
+        }
+
+    names = ["mean", "last", *(f"p{p}" for p in PERCENTILES)]
+    return {
+        **quality(statistics["last"]),
+        "pair_accuracy": {name: quality(statistics[name])["pair_accuracy"] for name in names},
+        "by_fraction": {f"{f:g}": quality(statistics[f"at_{f:g}"]) for f in FRACTIONS},
+    }
+
+
+def value_tables(report: dict) -> str:
+    """`value_report` as two readable tables."""
+    accuracy = report["pair_accuracy"]
+    show = lambda x: "     -" if x is None else f"{x:6.3f}"
+    lines = ["(p5: the 5th percentile of an answer's token values)"]
+    lines.append(f"{'pair accuracy by':<20}" + " ".join(f"{name:>6}" for name in accuracy))
+    lines.append(" " * 20 + " ".join(show(x) for x in accuracy.values()))
+    lines.append(f"{'answer seen':<20}" + " ".join(f"{float(f):6.0%}" for f in report["by_fraction"]))
+    names = {"pair_accuracy": "pair accuracy", "explained_variance": "explained variance",
+             "correlation": "label correlation", "gold_correlation": "gold correlation"}  # fmt: skip
+    for key, name in names.items():
+        if all(key in row for row in report["by_fraction"].values()):
+            lines.append(f"{name:<20}" + " ".join(show(row[key]) for row in report["by_fraction"].values()))
+    return "\n".join(lines)
+
+
 @torch.no_grad()
 def heldout_statistics(gvm, answers: list[Answer], pad_id: int, device, args: Args) -> dict[str, torch.Tensor]:
-    """`common.token_statistics` of held-out answers, each `(len(answers),)`; the work is shared among ranks."""
+    """`token_statistics` of held-out answers, each `(len(answers),)`; the work is shared among ranks."""
     pools, mine = policy_pools(answers), [answers[i] for i in common.rows_of_rank(len(answers))]
     parts = []
     for i in range(0, len(mine), args.micro_batch_size):
         batch = make_batch(gvm.config, mine[i : i + args.micro_batch_size], pools, "heldout", pad_id, device)
-        statistics = common.token_statistics(gvm.token_values(**batch), batch["response_mask"])
+        statistics = token_statistics(gvm.token_values(**batch), batch["response_mask"])
         parts.append(torch.stack(list(statistics.values()), 1))
     table = common.all_gather(torch.cat(parts))[: len(answers)].cpu()  # (answers, statistics)
     return dict(zip(statistics, table.unbind(1)))
@@ -391,7 +479,7 @@ def write_html(path: Path, results: dict, samples: list[list[str]]) -> None:
     body = ["<h1>Evaluation</h1><h2>Policies</h2>", table(policy_table(results["policies"]))]
     body += [f"<p>{html.escape(caption(results['policies']))}</p>"]
     if "gvm" in results:
-        body += ["<h2>Global value model</h2><pre>", html.escape(common.value_tables(results["gvm"])), "</pre>"]
+        body += ["<h2>Global value model</h2><pre>", html.escape(value_tables(results["gvm"])), "</pre>"]
     body += ["<h2>Samples</h2>", table(samples)]
     path.write_text(
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Evaluation</title>'
@@ -407,9 +495,7 @@ def main(args: Args) -> None:
     # ---- 1 Processes -------------------------------------------------------------------------------------------------
     device = common.init_processes()
     dtype = common.compute_dtype(args.dtype, device)
-    common.check_positive(args, "num_prompts", "samples_per_prompt", "micro_batch_size", "max_prompt_length",
-                          "response_length", "temperature")  # fmt: skip
-    common.check_between(0, 10**9, args, "seed")
+    common.check_settings(args)
     common.check(args.policies, "name at least one policy, as in dvpo=runs/dvpo")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for policy in args.policies:
@@ -431,6 +517,7 @@ def main(args: Args) -> None:
     asked, prompts = zip(*list(unique.values())[: args.num_prompts])
     asked = [example.prompt for example in asked for _ in range(args.samples_per_prompt)]  # messages
     questions = [messages[-1]["content"] for messages in asked]
+    exact_score = getattr(common.load_task(args.dataset), "score", None)  # "gold", where the task has one
     repeated = [prompt for prompt in prompts for _ in range(args.samples_per_prompt)]
     common.log(f"{len(prompts)} held-out prompts x {args.samples_per_prompt} answers")
 
@@ -471,8 +558,8 @@ def main(args: Args) -> None:
         verdicts = {}
         if gvm is not None:
             verdicts["gvm_score"] = by_prompt(answers["scores"])
-        if args.dataset == "toy":
-            verdicts["gold"] = by_prompt(torch.tensor(list(map(common.toy_gold, questions, texts))))
+        if exact_score:
+            verdicts["gold"] = by_prompt(torch.tensor(list(map(exact_score, asked, texts))))
         row.update({judge: interval(verdict) for judge, verdict in verdicts.items()})
         row["kl"] = answers["kl"].mean().item()
         row["response_length"] = answers["response_mask"].sum(1).double().mean().item()
@@ -480,7 +567,7 @@ def main(args: Args) -> None:
         if verdicts:  # gold where there is one
             judge, verdict = list(verdicts.items())[-1]
             baseline = verdict if baseline is None else baseline
-            row["win_rate"] = {**interval(common.wins(verdict, baseline)), "judge": judge, "against": next(iter(paths))}
+            row["win_rate"] = {**interval(wins(verdict, baseline)), "judge": judge, "against": next(iter(paths))}
         for table_row, text in zip(samples[1:], texts[:: args.samples_per_prompt]):
             table_row.append(text)
         numbers = {"tokens": answers["response_mask"].sum(1), "kl": answers["kl"], **verdicts}
@@ -490,7 +577,8 @@ def main(args: Args) -> None:
                             **{key: x[i] for key, x in numbers.items()}})  # fmt: skip
         if dist.get_rank() == 0:  # now: the next policy may fail
             (folder / "answers.json").write_text(json.dumps(written, indent=2) + "\n")
-        common.log(f"{name}: done")
+        cut = f", {1 - row['eos_rate']:.0%} of the answers were cut: raise --response-length?" * (row["eos_rate"] < 0.5)
+        common.log(f"{name}: done{cut}")
         del policy
         gc.collect()  # the model and its methods refer to each other: without it, its memory would stay taken
 
@@ -500,21 +588,21 @@ def main(args: Args) -> None:
         statistics = heldout_statistics(gvm, judged, tokenizer.pad_token_id, device, args)
         labels = torch.tensor([answer.label for answer in judged])
         pairs = torch.arange(len(judged)).view(-1, 2)
-        report = results["gvm"] = {"path": args.gvm_path, **common.value_report(statistics, labels, pairs)}
+        report = results["gvm"] = {"path": args.gvm_path, **value_report(statistics, labels, pairs)}
         for name in sorted({answer.policy for answer in judged if answer.policy}):  # is the value global?
             rows = torch.tensor([answer.policy == name for answer in judged])
             report.setdefault("by_policy", {})[name] = {
                 "prompt_value": statistics["at_0"][rows].mean().item(),
                 "final_value": statistics["last"][rows].mean().item(),
                 "mean_label": labels[rows].mean().item(),
-                "correlation": common.correlation(statistics["last"][rows], labels[rows].double()),
+                "correlation": correlation(statistics["last"][rows], labels[rows].double()),
             }
-        if args.dataset == "toy":  # the same against the exact score, and how well that itself predicts the preferences
-            gold = [common.toy_gold(e.prompt[-1]["content"], text) for e in rated for text in (e.chosen, e.rejected)]
+        if exact_score:  # the same against the exact score, and how well that itself predicts the preferences
+            gold = [exact_score(e.prompt, text) for e in rated for text in (e.chosen, e.rejected)]
             gold = torch.tensor(gold, dtype=torch.float64)
             for fraction, row in report["by_fraction"].items():
-                row["gold_correlation"] = common.correlation(statistics[f"at_{fraction}"], gold)
-            report["gold_pair_accuracy"] = common.wins(*gold.view(-1, 2).unbind(1)).mean().item()
+                row["gold_correlation"] = correlation(statistics[f"at_{fraction}"], gold)
+            report["gold_pair_accuracy"] = wins(*gold.view(-1, 2).unbind(1)).mean().item()
 
     # ---- 6 Report ----------------------------------------------------------------------------------------------------
     if dist.get_rank() == 0:
@@ -525,7 +613,7 @@ def main(args: Args) -> None:
     common.log("\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table))
     common.log(f"({caption(results['policies'])})")
     if "gvm" in results:
-        common.log(f"\n{args.gvm_path} on held-out pairs:\n{common.value_tables(results['gvm'])}")
+        common.log(f"\n{args.gvm_path} on held-out pairs:\n{value_tables(results['gvm'])}")
         if "by_policy" in results["gvm"]:
             rows = [f"{name[:24]:<24}" + "".join(f"{x:12.3f}" for x in row.values())
                     for name, row in results["gvm"]["by_policy"].items()]  # fmt: skip

@@ -27,10 +27,10 @@ import common
 @dataclass
 class Args:
     # Paths
-    model_path: str = "toy"
-    """language model to start from: local folder, hub id, or "toy" for a small one from scratch"""
-    dataset: str = "toy"
-    """answers to learn: "toy", or NAME or NAME:SPLIT of a hub or local dataset"""
+    model_path: str = "tests/tasks/lists.py"
+    """language model to start from: local folder or hub id, or a task's file for its small one, untrained"""
+    dataset: str = "tests/tasks/lists.py"
+    """answers to learn: a task's file, or NAME or NAME:SPLIT of a hub or local dataset"""
     output_dir: str = "runs/sft"
     """folder of the trained model, metrics and arguments"""
 
@@ -38,7 +38,7 @@ class Args:
     seed: int = 1
     """seed of initial weights and data order"""
     answers: Literal["auto", "chosen", "both"] = "auto"
-    """of a preference pair; auto: both for the embedded task (its demonstrations are of mixed quality), else chosen"""
+    """of a preference pair; auto: both where a task has an exact score (RL shall get beyond them), else chosen"""
     num_epochs: int = 2
     """passes over the data"""
     num_examples: int | None = None
@@ -67,10 +67,8 @@ class Args:
     """recompute activations in the backward pass: less memory, more time"""
     checkpoint_every: int = 200
     """updates between checkpoints in `output_dir`, the newest two of which are kept"""
-    resume: common.Resume = None
-    """go on with an interrupted run, from its newest whole checkpoint or the one at PATH"""
-    overwrite: bool = False
-    """start again where a run stands already"""
+    resume: bool = False
+    """go on with an interrupted run, from its newest whole checkpoint; start where there is none"""
     track: Literal["tensorboard", "wandb"] | None = None
     """also send metrics there"""
 
@@ -227,10 +225,8 @@ def main(args: Args) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dtype = common.compute_dtype(args.dtype, device)
     run = common.Run(args, __file__)
-    common.check_positive(args, "batch_size", "num_epochs", "num_examples")
-    common.check_between(0, 1, args, "warmup_fraction")
-    common.check_multiple("--batch-size", args.batch_size, world_size, "the number of processes")
-    common.check_multiple("the number of processes", world_size, args.dp_replicate, "--dp-replicate")
+    common.check(args.batch_size % world_size == 0, f"--batch-size must be a multiple of {world_size}, the processes")
+    common.check(world_size % args.dp_replicate == 0, f"{world_size} processes must be a multiple of --dp-replicate")
     mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
                             mesh_dim_names=("replicate", "shard"))  # fmt: skip
     mesh = mesh if args.dp_replicate > 1 else mesh["shard"]
@@ -239,13 +235,14 @@ def main(args: Args) -> None:
     torch.manual_seed(args.seed)
 
     # ---- 2 Data ------------------------------------------------------------------------------------------------------
-    tokenizer = common.toy_tokenizer() if args.model_path == "toy" else common.load_tokenizer(args.model_path)
+    tokenizer = common.load_tokenizer(args.model_path, untrained=True)
     examples, heldout = common.load_examples(args.dataset, needs="answers")
-    both = args.answers == "both" or (args.answers == "auto" and args.dataset == "toy")
+    scored = hasattr(common.load_task(args.dataset), "score")
+    both = args.answers == "both" or (args.answers == "auto" and scored)
     train_set = demonstrations(tokenizer, examples[: args.num_examples], both, args)
     heldout_set = demonstrations(tokenizer, heldout[:512], both, args, heldout=True)
     common.log(f"{len(train_set)} answers to learn, {len(heldout_set)} held out; the first:")
-    common.show_example(tokenizer, *train_set[0])
+    common.log("  prompt: {!r}\n  answer: {!r}".format(*map(tokenizer.decode, train_set[0])))
 
     # ---- 3 Model -----------------------------------------------------------------------------------------------------
     policy = common.load_policy(args.model_path, tokenizer, torch.float32)
@@ -267,18 +264,18 @@ def main(args: Args) -> None:
         mine = rows[rank * args.batch_size // world_size : (rank + 1) * args.batch_size // world_size]
         # The first updates (the second has the optimizer's states) are the widest: memory runs out now or never.
         widths = widest if update <= 2 else (0, 0)
-        losses = []
+        sum_loss = 0
         for i in range(0, len(mine), args.micro_batch_size):
             micro = [train_set[row] for row in mine[i : i + args.micro_batch_size]]
             batch = common.pad_batch(*zip(*micro), tokenizer.pad_token_id, device, widths)
             logprobs, _ = policy.token_logprobs(**batch, temperature=1.0)  # (micro, R), zero outside the answer
             loss = -logprobs.sum(1)  # (micro,)
             (loss.sum() * world_size / num_tokens).backward()  # FSDP averages over ranks, this wants the sum
-            losses.append(loss.detach())
+            sum_loss += loss.detach().sum()
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).full_tensor()
-        losses = torch.cat(losses)  # of this rank's rows
-        loss = common.all_sum(losses.sum()) / num_tokens
-        common.check_finite(update, "the loss or its gradient is", torch.stack([loss, grad_norm]), mine, losses)
+        dist.all_reduce(sum_loss)
+        loss = sum_loss / num_tokens
+        common.check_finite(update, "the loss or its gradient is", torch.stack([loss, grad_norm]))
         optimizer.step()
         optimizer.zero_grad()
         lr = scheduler.get_last_lr()[0]
@@ -301,6 +298,8 @@ def main(args: Args) -> None:
 
     # ---- 6 Save ------------------------------------------------------------------------------------------------------
     run.save(policy, full_state_dict(policy, dtype), tokenizer, "Supervised fine-tuned policy")
+    common.log(f"next: python train_gvm.py --model-path {args.output_dir} --dataset {args.dataset} "
+               f"--response-length {args.response_length}")  # fmt: skip
     common.end_processes()
 
 

@@ -15,7 +15,7 @@ In: an SFT checkpoint, a GVM (`train_gvm.py`), prompts. Out: `--output-dir`, a c
 Shapes: B sequences, P prompt tokens (left-padded), R response tokens, T = P + R, V vocabulary, H hidden, N tokens.
 """
 
-import math
+import contextlib
 import random
 import types
 from dataclasses import dataclass
@@ -26,7 +26,9 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from transformers import StaticCache, get_linear_schedule_with_warmup
+from transformers import DynamicCache, StaticCache, get_linear_schedule_with_warmup
+from transformers.cache_utils import StaticLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import common
 
@@ -38,8 +40,8 @@ class Args:
     """policy and KL reference: local folder or hub id"""
     gvm_path: str = "runs/gvm"
     """frozen global value model: local folder or hub id"""
-    dataset: str = "toy"
-    """where the prompts come from: "toy", or NAME or NAME:SPLIT of a hub or local dataset"""
+    dataset: str = "tests/tasks/lists.py"
+    """where the prompts come from: a task's file, or NAME or NAME:SPLIT of a hub or local dataset"""
     output_dir: str = "runs/dvpo"
     """folder of the trained policy, metrics and arguments"""
 
@@ -100,10 +102,8 @@ class Args:
     """updates between tables of sampled answers"""
     checkpoint_every: int = 50
     """updates between checkpoints in `output_dir`, the newest two of which are kept"""
-    resume: common.Resume = None
-    """go on with an interrupted run, from its newest whole checkpoint or the one at PATH"""
-    overwrite: bool = False
-    """start again where a run stands already"""
+    resume: bool = False
+    """go on with an interrupted run, from its newest whole checkpoint; start where there is none"""
     track: Literal["tensorboard", "wandb"] | None = None
     """also send metrics there"""
 
@@ -297,50 +297,104 @@ def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, tem
     an answer does not depend on the number of ranks; `end_ids (E,)` end an answer. Returns `response_ids` and
     `response_mask (B, R)`, the ending token inside the mask, `pad_id` after it.
     """
-    (B, P), R = prompt_ids.shape, uniforms.shape[1]
-    model.set_reshard_after_forward(False)  # gather the weights once, not once per token
+    R = uniforms.shape[1]
+    response_ids = torch.full_like(uniforms, pad_id, dtype=prompt_ids.dtype)  # (B, R)
+    response_mask = torch.zeros_like(response_ids, dtype=torch.bool)
+    running = torch.ones_like(response_mask[:, 0])  # (B,) has not ended yet
+    with whole_weights(model):
+        read, tokens = reader(model, prompt_mask, R), prompt_ids
+        for t in range(R):
+            cumulative = torch.softmax(read(tokens) / temperature, 1).cumsum(1)  # (B, V)
+            threshold = uniforms[:, t, None] * cumulative[:, -1:]
+            sampled = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=cumulative.shape[1] - 1)
+            response_ids[:, t] = torch.where(running, sampled, pad_id)
+            response_mask[:, t] = running
+            running = running & ~torch.isin(sampled, end_ids)
+            if not running.any():
+                break
+            tokens = response_ids[:, t : t + 1]  # (B, 1)
+    return response_ids, response_mask
+
+
+@contextlib.contextmanager
+def whole_weights(model):
+    """Gather a sharded model's weights once, not once per token."""
     was_training = model.training
     model.eval()  # gradient checkpointing would silently drop the cache in train mode
-    response_ids = prompt_ids.new_full((B, R), pad_id)
-    response_mask = torch.zeros_like(response_ids, dtype=torch.bool)
-    attention_mask = torch.cat([prompt_mask, torch.ones_like(response_mask)], 1)  # (B, P + R)
-    positions = common.position_ids(attention_mask)
-    running = torch.ones_like(response_mask[:, 0])
-    cache = common.key_value_cache(model, P + R)
-    static = isinstance(cache, StaticCache)
-    t = prompt_ids.new_zeros(1)  # the next token's column: a tensor, and all changes in place, for the graph's sake
-
-    def sample(tokens, seen, places):
-        outputs = model.base_model(
-            tokens, attention_mask=seen, position_ids=places, use_cache=True, **{common.CACHE: cache}
-        )
-        logits = project(outputs.last_hidden_state[:, -1], model.get_output_embeddings().weight)  # (B, V)
-        cumulative = torch.softmax(logits / temperature, 1).cumsum(1)  # (B, V)
-        threshold = uniforms.index_select(1, t) * cumulative[:, -1:]
-        sampled = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=cumulative.shape[1] - 1)
-        response_ids.index_copy_(1, t, torch.where(running, sampled, pad_id)[:, None])
-        response_mask.index_copy_(1, t, running[:, None])
-        running.logical_and_(~torch.isin(sampled, end_ids))
-        t.add_(1)
-
-    step = lambda: sample(response_ids.index_select(1, t - 1), seen, positions.index_select(1, P + t - 1))
-    seen = attention_mask if static else prompt_mask  # as wide as the cache
-    sample(prompt_ids, seen, positions[:, :P])
-    for i in range(1, R):
-        if not running.any():
-            break
-        if not static:
-            seen = attention_mask[:, : P + i]
-        elif i == 2:  # the first step of one token has warmed up what a graph cannot
-            step = common.cuda_graph(step)
-        step()
+    model.set_reshard_after_forward(False)
+    yield
     model.train(was_training)
     model.set_reshard_after_forward(True)
     model.set_reshard_after_forward(not was_training, recurse=False)  # as `shard` does
     for unit in model.modules():  # left gathered across an optimizer step, the next forward would use stale weights
         if isinstance(unit, FSDPModule):
             unit.reshard()
-    return response_ids, response_mask
+
+
+def reader(model, prompt_mask, R: int):
+    """`read(tokens)` takes the next tokens `(B, N)` into a key-value cache and returns the logits `(B, V)` after them.
+
+    The prompts come first, masked by `prompt_mask (B, P)`, then at most `R` tokens one by one.
+    """
+    P = prompt_mask.shape[1]
+    attention_mask = torch.nn.functional.pad(prompt_mask, (0, R), value=True)  # (B, P + R)
+    positions = common.position_ids(attention_mask)
+    cache = key_value_cache(model, P + R)
+    static, num_read = isinstance(cache, StaticCache), 0
+
+    def step(tokens, mask, places):
+        hidden = model.base_model(tokens, attention_mask=mask, position_ids=places, use_cache=True, **{CACHE: cache})
+        return project(hidden.last_hidden_state[:, -1], model.get_output_embeddings().weight)  # (B, V)
+
+    def read(tokens):
+        nonlocal step, num_read
+        start, num_read = num_read, num_read + tokens.shape[1]
+        mask = attention_mask if static else attention_mask[:, :num_read]  # as wide as the cache
+        inputs = tokens, mask, positions[:, start:num_read]
+        if static and start == P + 1:  # the first step of one token has warmed up what a graph cannot
+            step = replayed(step, inputs)
+        return step(*inputs)
+
+    return read
+
+
+def replayed(step, inputs):
+    """A function that does what `step(*inputs)` does with other tensors of these shapes, as one CUDA graph.
+
+    One by one, the hundreds of kernels of a decoding step take longer to launch than to run.
+    """
+    inputs, graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's threads may go on meanwhile
+        output = step(*inputs)
+
+    def replay(*tensors):
+        for place, tensor in zip(inputs, tensors):
+            place.copy_(tensor)
+        graph.replay()
+        return output
+
+    return replay
+
+
+# A cache's name among a model's arguments: transformers 5.24 has changed it.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def key_value_cache(model, length: int) -> DynamicCache | StaticCache:
+    """An empty cache for `length` tokens: a static one where `replayed` can repeat the model's step for one token.
+
+    That is on a GPU, where nothing is left for Python to decide or count: no sliding window, no rotary scale that
+    depends on the length, no choice of experts, and a plain mask of SDPA.
+    """
+    config, rope = model.config, getattr(model.config, "rope_parameters", None) or {}
+    plain = model._can_compile_fullgraph and config._attn_implementation == "sdpa"
+    scaled = rope.get("rope_type") in ("dynamic", "longrope")
+    experts = any("expert" in name for name, _ in model.named_modules())
+    if model.device.type == "cuda" and plain and not scaled and not experts:
+        cache = StaticCache(config, max_cache_len=length)
+        if all(type(layer) is StaticLayer for layer in cache.layers):
+            return cache
+    return DynamicCache(config=config)
 
 
 def main(args: Args) -> None:
@@ -349,14 +403,10 @@ def main(args: Args) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dtype = common.compute_dtype(args.dtype, device)
     run = common.Run(args, __file__)
-    common.check_positive(args, "rollout_batch_size", "rollout_micro_batch_size", "num_minibatches", "num_epochs")
-    common.check_positive(args, "num_updates", "temperature", "clip_coef", "max_kl", "max_approx_kl", "kl_target",
-                          "sample_every")  # fmt: skip
-    common.check_between(0, 1, args, "gamma", "gae_lambda")
-    common.check_between(0, math.inf, args, "kl_coef")
-    common.check_multiple("--rollout-batch-size", args.rollout_batch_size, args.num_minibatches * world_size,
-                          "--num-minibatches x processes")  # fmt: skip
-    common.check_multiple("the number of processes", world_size, args.dp_replicate, "--dp-replicate")
+    share = args.num_minibatches * world_size
+    common.check(args.rollout_batch_size % share == 0,
+                 f"--rollout-batch-size must be a multiple of {share}, --num-minibatches x processes")  # fmt: skip
+    common.check(world_size % args.dp_replicate == 0, f"{world_size} processes must be a multiple of --dp-replicate")
     mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
                             mesh_dim_names=("replicate", "shard"))  # fmt: skip
     mesh = mesh if args.dp_replicate > 1 else mesh["shard"]
@@ -369,6 +419,7 @@ def main(args: Args) -> None:
     examples, _ = common.load_examples(args.dataset, needs="prompts")
     examples = list({str(example.prompt): example for example in examples}.values())  # each prompt once
     examples, all_prompts = common.fit_prompts(tokenizer, examples, args.max_prompt_length)
+    exact_score = getattr(common.load_task(args.dataset), "score", None)  # "gold", where the task has one
     common.log(f"{len(all_prompts)} prompts, the first: {tokenizer.decode(all_prompts[0])!r}")
     end_ids = torch.tensor([common.end_of_turn_id(tokenizer), tokenizer.eos_token_id], device=device)
 
@@ -444,8 +495,8 @@ def main(args: Args) -> None:
                 batch = crop(gvm_ids[micro], gvm_mask[micro], response_mask[micro])
                 gvm_values[micro, : r + 1] = gvm.token_values(*batch)
         scored = torch.cat([logprobs, ref_logprobs, gvm_values], 1)[mine]  # (B / world_size, 3 R + 1)
-        per_row, scored = scored.sum(1), common.all_gather(scored)  # again all ranks hold all rows
-        common.check_finite(update, "log-probs or values are", scored, mine.tolist(), per_row)
+        scored = common.all_gather(scored)  # again all ranks hold all rows
+        common.check_finite(update, "log-probs or values are", scored)
         logprobs, ref_logprobs, gvm_values = scored.split([R, R, R + 1], 1)
         # (B,) the GVM's judgement of each answer; one that was cut is judged where it stops, at no further price.
         scores = common.last_values(gvm_values, response_mask)
@@ -462,7 +513,7 @@ def main(args: Args) -> None:
         shuffled = [torch.randperm(B, generator=generator) for _ in range(args.num_epochs)]
         for minibatch in [rows for epoch in shuffled for rows in epoch.chunk(args.num_minibatches)]:
             num_tokens = response_mask[minibatch].sum()  # of all ranks and micro-batches, so neither changes the loss
-            rows, per_row = common.by_length(minibatch.chunk(world_size)[rank], attention_mask), []
+            rows = common.by_length(minibatch.chunk(world_size)[rank], attention_mask)
             sums = 0  # over the tokens, in the order in which section 7 unpacks their means
             for micro in rows.split(args.micro_batch_size):
                 batch = crop(input_ids[micro], attention_mask[micro], response_mask[micro])
@@ -473,10 +524,10 @@ def main(args: Args) -> None:
                 )
                 (loss * world_size / num_tokens).backward()  # FSDP averages over ranks, this wants the sum
                 sums += torch.stack([loss.detach(), *ratio_sums, entropy.sum()])
-                per_row.append(new_logprobs.detach().sum(1))
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).full_tensor()
-            steps.append(torch.cat([common.all_sum(sums) / num_tokens, grad_norm[None]]))
-            common.check_finite(update, "the loss or its gradient is", steps[-1], rows.tolist(), torch.cat(per_row))
+            dist.all_reduce(sums)
+            steps.append(torch.cat([sums / num_tokens, grad_norm[None]]))
+            common.check_finite(update, "the loss or its gradient is", steps[-1])
             optimizer.step()
             optimizer.zero_grad()
             if args.max_approx_kl is not None and steps[-1][1] > args.max_approx_kl:  # [1]: approxkl
@@ -519,17 +570,19 @@ def main(args: Args) -> None:
             "time/tokens_per_sec": lengths.sum().item() / seconds,
             "time/peak_mem_gb": common.peak_memory_gb(device),
         }
-        questions = [examples[i].prompt[-1]["content"] for i in drawn]
         # Decoding is slow: all answers where they are scored, else those that may be shown.
-        needed = zip(response_ids[: B if args.dataset == "toy" else 3], response_mask)
+        needed = zip(response_ids[: B if exact_score else 3], response_mask)
         texts = [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in needed]
-        if args.dataset == "toy":
-            metrics["objective/gold"] = sum(map(common.toy_gold, questions, texts)) / B
-        shown = ("objective/gold", "objective/scores", "objective/kl", "val/response_length", "val/eos_rate")
-        run.log(update, metrics, shown)
+        asked = [examples[i].prompt for i in drawn]
+        if exact_score:
+            metrics["objective/gold"] = sum(map(exact_score, asked, texts)) / B
+        run.log(update, metrics, ("objective/gold", "objective/scores", "objective/kl", "val/response_length",
+                                  "val/eos_rate", "val/off_support"))  # fmt: skip
         if update % args.sample_every == 0 or update == args.num_updates:
-            for question, text, score in zip(questions[:3], texts, scores.tolist()):
-                common.log(f"    score {score:+.2f}  {question[-200:]!r} -> {text[:300]!r}")
+            for prompt, text, score in zip(asked[:3], texts, scores.tolist()):
+                common.log(f"    score {score:+.2f}  {prompt[-1]['content'][-200:]!r} -> {text[:300]!r}")
+            if metrics["val/eos_rate"] < 0.5:
+                common.log(f"    {1 - metrics['val/eos_rate']:.0%} of the answers were cut: raise --response-length?")
         if off_support > 0.5 and not carried.warned:
             carried.warned = True
             common.log(
@@ -538,11 +591,15 @@ def main(args: Args) -> None:
             )
         if args.kl_target is not None:  # Section 2.2 of arXiv:1909.08593: proportional control, at most 2 % per update
             carried.kl_coef *= 1 + 0.1 * min(max(sequence_kl / args.kl_target - 1, -0.2), 0.2)
-        common.check_kl(update, sequence_kl, args.max_kl, "GVM")
+        common.check(sequence_kl <= args.max_kl, f"update {update}: {sequence_kl:.0f} nats per answer to the reference "
+                     "are above --max-kl: lower --learning-rate or raise --kl-coef")  # fmt: skip
         run.checkpoint(update)
 
     # ---- 8 Save ------------------------------------------------------------------------------------------------------
     run.save(policy, full_state_dict(policy, dtype), tokenizer, "Policy trained by DVPO")
+    common.log(f"next: python evaluate.py sft={args.model_path} dvpo={args.output_dir} --reference-path "
+               f"{args.model_path} --gvm-path {args.gvm_path} --dataset {args.dataset} --response-length "
+               f"{args.response_length}")  # fmt: skip
     common.end_processes()
 
 

@@ -10,13 +10,11 @@ Afterwards it is frozen. There is no reward model, and `train_dvpo.py` will trai
     torchrun --nproc_per_node 8 train_gvm.py --model-path SFT --dataset HuggingFaceH4/ultrafeedback_binarized \
         --max-prompt-length 1024 --response-length 1024 --learning-rate 1e-5 --num-epochs 1
 
-In: an SFT checkpoint and preference pairs or scored answers. Out: `--output-dir`, a token-classification checkpoint
-(one value per token, no bias) that `from_pretrained` loads, and its held-out report in `report.json`.
+In: an SFT checkpoint and preference pairs or scored answers. Out: `--output-dir`, a sequence-classification checkpoint
+(its bias-free head, read at every token, is the value) that `from_pretrained` loads.
 Shapes: B sequences, P prompt tokens (left-padded, context included), R response tokens.
 """
 
-import json
-import math
 import random
 import types
 from collections import Counter
@@ -38,8 +36,8 @@ class Args:
     # Paths
     model_path: str = "runs/sft"
     """model to start from, the SFT policy or a value or reward model: local folder or hub id"""
-    dataset: str = "toy"
-    """preference pairs or scored answers: "toy", or NAME or NAME:SPLIT of a hub or local dataset"""
+    dataset: str = "tests/tasks/lists.py"
+    """preference pairs or scored answers: a task's file, or NAME or NAME:SPLIT of a hub or local dataset"""
     output_dir: str = "runs/gvm"
     """folder of the trained GVM, metrics and arguments"""
 
@@ -88,10 +86,8 @@ class Args:
     """recompute activations in the backward pass: less memory, more time"""
     checkpoint_every: int = 200
     """updates between checkpoints in `output_dir`, the newest two of which are kept"""
-    resume: common.Resume = None
-    """go on with an interrupted run, from its newest whole checkpoint or the one at PATH"""
-    overwrite: bool = False
-    """start again where a run stands already"""
+    resume: bool = False
+    """go on with an interrupted run, from its newest whole checkpoint; start where there is none"""
     track: Literal["tensorboard", "wandb"] | None = None
     """also send metrics there"""
 
@@ -212,16 +208,22 @@ def policy_pools(answers: list[Answer]) -> dict[str, list[common.Trajectory]]:
 
 
 @torch.no_grad()
-def heldout_statistics(gvm, answers: list[Answer], pad_id: int, device, args: Args) -> dict[str, torch.Tensor]:
-    """`common.token_statistics` of held-out answers, each `(len(answers),)`; the work is shared among ranks."""
+def heldout_values(gvm, answers: list[Answer], pad_id: int, device, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
+    """The value of each held-out answer with half of it seen and as a whole, `(len(answers),)` each; ranks share it."""
     pools, mine = policy_pools(answers), [answers[i] for i in common.rows_of_rank(len(answers))]
     parts = []
     for i in range(0, len(mine), args.micro_batch_size):
         batch = make_batch(gvm.config, mine[i : i + args.micro_batch_size], pools, "heldout", pad_id, device)
-        statistics = common.token_statistics(gvm.token_values(**batch), batch["response_mask"])
-        parts.append(torch.stack(list(statistics.values()), 1))
-    table = common.all_gather(torch.cat(parts))[: len(answers)].cpu()  # (answers, statistics)
-    return dict(zip(statistics, table.unbind(1)))
+        values, lengths = gvm.token_values(**batch).double(), batch["response_mask"].sum(1)
+        columns = torch.stack([(lengths / 2).round().long(), lengths], 1)  # (micro, 2) column t has seen t tokens
+        parts.append(values.gather(1, columns))
+    return common.all_gather(torch.cat(parts))[: len(answers)].cpu().unbind(1)
+
+
+def pair_accuracy(values: torch.Tensor) -> float:
+    """Share of pairs ranked rightly, ties half, of `values (2 M,)`: chosen, rejected, chosen, ..."""
+    chosen, rejected = values.view(-1, 2).unbind(1)
+    return ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).mean().item()
 
 
 def main(args: Args) -> None:
@@ -230,10 +232,7 @@ def main(args: Args) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dtype = common.compute_dtype(args.dtype, device)
     run = common.Run(args, __file__)
-    common.check_positive(args, "batch_size", "num_epochs", "num_examples", "context_trajectory_length")
-    common.check_between(0, 1, args, "warmup_fraction", "gamma", "td_lambda")
-    common.check_between(0, math.inf, args, "bt_coef", "num_context_trajectories")
-    common.check_multiple("the number of processes", world_size, args.dp_replicate, "--dp-replicate")
+    common.check(world_size % args.dp_replicate == 0, f"{world_size} processes must be a multiple of --dp-replicate")
     mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
                             mesh_dim_names=("replicate", "shard"))  # fmt: skip
     mesh = mesh if args.dp_replicate > 1 else mesh["shard"]
@@ -245,8 +244,9 @@ def main(args: Args) -> None:
     needs = {"preference": "pairs", "score": "scores"}[args.label_source]
     examples, heldout = common.load_examples(args.dataset, needs)
     train_set, group_size = tokenize(tokenizer, examples[: args.num_examples], args.label_source, args)
-    common.check_multiple("--batch-size", args.batch_size, group_size * world_size, "whole pairs for every process")
-    common.check_multiple("--micro-batch-size", args.micro_batch_size, group_size, "the answers of a pair")
+    whole = args.batch_size % (group_size * world_size) == 0 and args.micro_batch_size % group_size == 0
+    common.check(whole, f"--batch-size must be a multiple of {group_size * world_size} and --micro-batch-size a "
+                 f"multiple of {group_size}: whole pairs for every process")  # fmt: skip
     heldout_set, _ = tokenize(tokenizer, heldout, args.label_source, args, heldout=True)
     if args.label_source == "score":
         scores = torch.tensor([answer.label for answer in train_set])
@@ -254,8 +254,7 @@ def main(args: Args) -> None:
         mean, std = scores.mean().item(), scores.std().item()
         for answer in train_set + heldout_set:
             answer.label = (answer.label - mean) / std
-    outcomes = torch.tensor([answer.label for answer in heldout_set])
-    pairs = torch.arange(len(heldout_set) if group_size == 2 else 0).view(-1, 2)  # (pairs, 2): good, bad
+    outcomes = torch.tensor([answer.label for answer in heldout_set], dtype=torch.float64)
     if args.num_context_trajectories:
         known = all(answer.policy for answer in train_set + heldout_set)
         common.check(known, f"--num-context-trajectories needs to know who wrote each answer: {args.dataset} lacks the "
@@ -264,7 +263,8 @@ def main(args: Args) -> None:
         common.log(f"answers by policy: {', '.join(f'{name} {count}' for name, count in counts.most_common())}")
     pools = policy_pools(train_set)
     common.log(f"{len(train_set)} answers, {len(heldout_set)} held out; the first, worth {train_set[0].label:+.2f}:")
-    common.show_example(tokenizer, train_set[0].prompt_ids, train_set[0].response_ids)
+    common.log(f"  prompt: {tokenizer.decode(train_set[0].prompt_ids)!r}")
+    common.log(f"  answer: {tokenizer.decode(train_set[0].response_ids)!r}")
 
     # ---- 3 Model -----------------------------------------------------------------------------------------------------
     gvm = common.load_value_model(args.model_path, tokenizer, torch.float32, fresh_head=True)
@@ -282,8 +282,6 @@ def main(args: Args) -> None:
               + args.num_context_trajectories * args.context_trajectory_length,
               max(len(answer.response_ids) for answer in train_set))  # fmt: skip
     done, _ = run.start([(gvm, optimizer, scheduler)], num_updates, common.fingerprint(train_set))
-    if rank == 0 and not done:
-        (run.folder / "report.json").unlink(missing_ok=True)  # of a run that stood there
     for update in range(done + 1, num_updates + 1):
         start = common.clock(device)
         # ---- 4 Update ------------------------------------------------------------------------------------------------
@@ -294,15 +292,15 @@ def main(args: Args) -> None:
         # The first updates (the second has the optimizer's states) are the widest: memory runs out now or never.
         widths = widest if update <= 2 else (0, 0)
         key = f"{args.seed}/{update}"  # of the context's draws
-        td_losses = []
+        sum_td = 0
         for i in range(0, len(mine), args.micro_batch_size):
             micro = [train_set[row] for row in mine[i : i + args.micro_batch_size]]
             batch = make_batch(gvm.config, micro, pools, key, tokenizer.pad_token_id, device, widths)
             labels = torch.tensor([answer.label for answer in micro], device=device)  # (micro,)
             values = gvm.token_values(**batch)  # (micro, R + 1)
-            loss = td_loss(values, labels, batch["response_mask"], args.gamma, args.td_lambda)  # (micro,)
-            td_losses.append(loss.detach())
-            loss = loss.sum() / num_values
+            loss = td_loss(values, labels, batch["response_mask"], args.gamma, args.td_lambda).sum()
+            sum_td += loss.detach()
+            loss = loss / num_values
             if group_size == 2 and args.label_source == "preference":
                 # DEVIATION: a pair says which answer is better, and +1 and -1 make two absolute verdicts of it, blurred
                 # by the strength of the other answer. This term takes the pair as it is, on the finished answers.
@@ -310,9 +308,9 @@ def main(args: Args) -> None:
                 loss = loss + args.bt_coef * bradley_terry_loss(last_values).sum() / len(groups)
             (loss * world_size).backward()  # FSDP averages over ranks, this wants the sum
         grad_norm = torch.nn.utils.clip_grad_norm_(gvm.parameters(), args.max_grad_norm).full_tensor()
-        td_losses = torch.cat(td_losses)  # of this rank's rows
-        loss = common.all_sum(td_losses.sum()) / num_values
-        common.check_finite(update, "the loss or its gradient is", torch.stack([loss, grad_norm]), mine, td_losses)
+        dist.all_reduce(sum_td)
+        loss = sum_td / num_values
+        common.check_finite(update, "the loss or its gradient is", torch.stack([loss, grad_norm]))
         optimizer.step()
         optimizer.zero_grad()
         lr = scheduler.get_last_lr()[0]
@@ -329,20 +327,22 @@ def main(args: Args) -> None:
             "time/peak_mem_gb": common.peak_memory_gb(device),
         }
         if heldout_set and update in (num_updates // 4, num_updates // 2, num_updates):
-            statistics = heldout_statistics(gvm, heldout_set, tokenizer.pad_token_id, device, args)
-            report = common.value_report(statistics, outcomes, pairs)
-            metrics["gvm/explained_variance"] = report["explained_variance"]
-            if len(pairs):
-                metrics["gvm/pair_accuracy"] = report["pair_accuracy"]["last"]
-            if rank == 0:
-                (run.folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+            half, last = heldout_values(gvm, heldout_set, tokenizer.pad_token_id, device, args)  # (answers,) each
+            unexplained = (outcomes - last).var(correction=0) / outcomes.var(correction=0).clamp(min=1e-12)
+            metrics["gvm/explained_variance"] = 1 - unexplained.item()
+            if group_size == 2:
+                metrics["gvm/pair_accuracy"] = pair_accuracy(last)
+                metrics["gvm/pair_accuracy_half"] = pair_accuracy(half)
         run.log(update, metrics, ("gvm/loss", "gvm/pair_accuracy", "gvm/explained_variance", "optim/lr"))
-        if heldout_set and update == num_updates:
-            common.log("held-out:\n" + common.value_tables(report))
         run.checkpoint(update)
 
     # ---- 6 Save ------------------------------------------------------------------------------------------------------
     run.save(gvm, full_state_dict(gvm, dtype), tokenizer, "Global value model (GVM)")
+    if done < num_updates and "gvm/pair_accuracy" in metrics:
+        common.log(f"ranks {metrics['gvm/pair_accuracy']:.0%} of {len(heldout_set) // 2} held-out pairs rightly; with "
+                   f"half of the answer seen {metrics['gvm/pair_accuracy_half']:.0%}")  # fmt: skip
+    common.log(f"next: python train_dvpo.py --model-path {args.model_path} --gvm-path {args.output_dir} "
+               f"--dataset {args.dataset} --response-length {args.response_length}")  # fmt: skip
     common.end_processes()
 
 

@@ -20,8 +20,8 @@ loads, and `--reward-output-dir`, a sequence-classification checkpoint, where th
 Shapes: B sequences, P prompt tokens (left-padded), R response tokens, T = P + R, V vocabulary, H hidden, N tokens.
 """
 
+import contextlib
 import gc
-import math
 import types
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +32,9 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from transformers import AutoModelForSequenceClassification, StaticCache, get_linear_schedule_with_warmup
+from transformers import DynamicCache, StaticCache, get_linear_schedule_with_warmup
+from transformers.cache_utils import StaticLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import common
 
@@ -46,8 +48,8 @@ class Args:
     """sequence-classification reward model: local folder or hub id; None trains one first: --reward-output-dir"""
     critic_path: str | None = None
     """value model that the critic starts from, a GVM perhaps: local folder or hub id; None is the RM"""
-    dataset: str = "toy"
-    """prompts, and pairs for the RM: "toy", or NAME or NAME:SPLIT of a hub or local dataset"""
+    dataset: str = "tests/tasks/lists.py"
+    """prompts, and pairs for the RM: a task's file, or NAME or NAME:SPLIT of a hub or local dataset"""
     output_dir: str = "runs/ppo"
     """folder of the trained policy, metrics and arguments"""
     reward_output_dir: str = "runs/rm"
@@ -126,10 +128,8 @@ class Args:
     """updates between tables of sampled answers"""
     checkpoint_every: int = 50
     """updates between checkpoints in `output_dir`, the newest two of which are kept"""
-    resume: common.Resume = None
-    """go on with an interrupted run, from its newest whole checkpoint or the one at PATH"""
-    overwrite: bool = False
-    """start again where a run stands already"""
+    resume: bool = False
+    """go on with an interrupted run, from its newest whole checkpoint; start where there is none"""
     track: Literal["tensorboard", "wandb"] | None = None
     """also send metrics there"""
 
@@ -321,50 +321,108 @@ def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, tem
     an answer does not depend on the number of ranks; `end_ids (E,)` end an answer. Returns `response_ids` and
     `response_mask (B, R)`, the ending token inside the mask, `pad_id` after it.
     """
-    (B, P), R = prompt_ids.shape, uniforms.shape[1]
-    model.set_reshard_after_forward(False)  # gather the weights once, not once per token
+    R = uniforms.shape[1]
+    response_ids = torch.full_like(uniforms, pad_id, dtype=prompt_ids.dtype)  # (B, R)
+    response_mask = torch.zeros_like(response_ids, dtype=torch.bool)
+    running = torch.ones_like(response_mask[:, 0])  # (B,) has not ended yet
+    with whole_weights(model):
+        read, tokens = reader(model, prompt_mask, R), prompt_ids
+        for t in range(R):
+            cumulative = torch.softmax(read(tokens) / temperature, 1).cumsum(1)  # (B, V)
+            threshold = uniforms[:, t, None] * cumulative[:, -1:]
+            sampled = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=cumulative.shape[1] - 1)
+            response_ids[:, t] = torch.where(running, sampled, pad_id)
+            response_mask[:, t] = running
+            running = running & ~torch.isin(sampled, end_ids)
+            if not running.any():
+                break
+            tokens = response_ids[:, t : t + 1]  # (B, 1)
+    return response_ids, response_mask
+
+
+# Copied from train_dvpo.whole_weights
+@contextlib.contextmanager
+def whole_weights(model):
+    """Gather a sharded model's weights once, not once per token."""
     was_training = model.training
     model.eval()  # gradient checkpointing would silently drop the cache in train mode
-    response_ids = prompt_ids.new_full((B, R), pad_id)
-    response_mask = torch.zeros_like(response_ids, dtype=torch.bool)
-    attention_mask = torch.cat([prompt_mask, torch.ones_like(response_mask)], 1)  # (B, P + R)
-    positions = common.position_ids(attention_mask)
-    running = torch.ones_like(response_mask[:, 0])
-    cache = common.key_value_cache(model, P + R)
-    static = isinstance(cache, StaticCache)
-    t = prompt_ids.new_zeros(1)  # the next token's column: a tensor, and all changes in place, for the graph's sake
-
-    def sample(tokens, seen, places):
-        outputs = model.base_model(
-            tokens, attention_mask=seen, position_ids=places, use_cache=True, **{common.CACHE: cache}
-        )
-        logits = project(outputs.last_hidden_state[:, -1], model.get_output_embeddings().weight)  # (B, V)
-        cumulative = torch.softmax(logits / temperature, 1).cumsum(1)  # (B, V)
-        threshold = uniforms.index_select(1, t) * cumulative[:, -1:]
-        sampled = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=cumulative.shape[1] - 1)
-        response_ids.index_copy_(1, t, torch.where(running, sampled, pad_id)[:, None])
-        response_mask.index_copy_(1, t, running[:, None])
-        running.logical_and_(~torch.isin(sampled, end_ids))
-        t.add_(1)
-
-    step = lambda: sample(response_ids.index_select(1, t - 1), seen, positions.index_select(1, P + t - 1))
-    seen = attention_mask if static else prompt_mask  # as wide as the cache
-    sample(prompt_ids, seen, positions[:, :P])
-    for i in range(1, R):
-        if not running.any():
-            break
-        if not static:
-            seen = attention_mask[:, : P + i]
-        elif i == 2:  # the first step of one token has warmed up what a graph cannot
-            step = common.cuda_graph(step)
-        step()
+    model.set_reshard_after_forward(False)
+    yield
     model.train(was_training)
     model.set_reshard_after_forward(True)
     model.set_reshard_after_forward(not was_training, recurse=False)  # as `shard` does
     for unit in model.modules():  # left gathered across an optimizer step, the next forward would use stale weights
         if isinstance(unit, FSDPModule):
             unit.reshard()
-    return response_ids, response_mask
+
+
+# Copied from train_dvpo.reader
+def reader(model, prompt_mask, R: int):
+    """`read(tokens)` takes the next tokens `(B, N)` into a key-value cache and returns the logits `(B, V)` after them.
+
+    The prompts come first, masked by `prompt_mask (B, P)`, then at most `R` tokens one by one.
+    """
+    P = prompt_mask.shape[1]
+    attention_mask = torch.nn.functional.pad(prompt_mask, (0, R), value=True)  # (B, P + R)
+    positions = common.position_ids(attention_mask)
+    cache = key_value_cache(model, P + R)
+    static, num_read = isinstance(cache, StaticCache), 0
+
+    def step(tokens, mask, places):
+        hidden = model.base_model(tokens, attention_mask=mask, position_ids=places, use_cache=True, **{CACHE: cache})
+        return project(hidden.last_hidden_state[:, -1], model.get_output_embeddings().weight)  # (B, V)
+
+    def read(tokens):
+        nonlocal step, num_read
+        start, num_read = num_read, num_read + tokens.shape[1]
+        mask = attention_mask if static else attention_mask[:, :num_read]  # as wide as the cache
+        inputs = tokens, mask, positions[:, start:num_read]
+        if static and start == P + 1:  # the first step of one token has warmed up what a graph cannot
+            step = replayed(step, inputs)
+        return step(*inputs)
+
+    return read
+
+
+# Copied from train_dvpo.replayed
+def replayed(step, inputs):
+    """A function that does what `step(*inputs)` does with other tensors of these shapes, as one CUDA graph.
+
+    One by one, the hundreds of kernels of a decoding step take longer to launch than to run.
+    """
+    inputs, graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's threads may go on meanwhile
+        output = step(*inputs)
+
+    def replay(*tensors):
+        for place, tensor in zip(inputs, tensors):
+            place.copy_(tensor)
+        graph.replay()
+        return output
+
+    return replay
+
+
+# A cache's name among a model's arguments: transformers 5.24 has changed it.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+# Copied from train_dvpo.key_value_cache
+def key_value_cache(model, length: int) -> DynamicCache | StaticCache:
+    """An empty cache for `length` tokens: a static one where `replayed` can repeat the model's step for one token.
+
+    That is on a GPU, where nothing is left for Python to decide or count: no sliding window, no rotary scale that
+    depends on the length, no choice of experts, and a plain mask of SDPA.
+    """
+    config, rope = model.config, getattr(model.config, "rope_parameters", None) or {}
+    plain = model._can_compile_fullgraph and config._attn_implementation == "sdpa"
+    scaled = rope.get("rope_type") in ("dynamic", "longrope")
+    experts = any("expert" in name for name, _ in model.named_modules())
+    if model.device.type == "cuda" and plain and not scaled and not experts:
+        cache = StaticCache(config, max_cache_len=length)
+        if all(type(layer) is StaticLayer for layer in cache.layers):
+            return cache
+    return DynamicCache(config=config)
 
 
 # ---- Reward model ----------------------------------------------------------------------------------------------------
@@ -385,23 +443,23 @@ def pair_accuracy(rm, answers: list[common.Trajectory], pad_id: int, device, arg
         batch = common.pad_batch(*zip(*mine[i : i + args.micro_batch_size]), pad_id, device)
         scores.append(common.last_values(rm.token_values(**batch), batch["response_mask"]))
     chosen, rejected = common.all_gather(torch.cat(scores))[: len(answers)].view(-1, 2).unbind(1)
-    return common.wins(chosen, rejected).mean().item()
+    return ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).mean().item()
 
 
-def train_reward_model(args: Args, policy_run, tokenizer, mesh, dtype: torch.dtype, device) -> None:
+def train_reward_model(args: Args, tokenizer, mesh, dtype: torch.dtype, device) -> None:
     """Bradley-Terry on the preference pairs, started from the SFT policy; leaves the RM in `args.output_dir`."""
     run = common.Run(args, __file__)
     if run.finished:
         return
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    common.check_multiple("--micro-batch-size", args.micro_batch_size, 2, "the answers of a pair")
-    common.check_multiple("--reward-batch-size", args.reward_batch_size, 2 * world_size,
-                          "whole pairs for every process")  # fmt: skip
+    whole = args.reward_batch_size % (2 * world_size) == 0 and args.micro_batch_size % 2 == 0
+    common.check(whole, f"--reward-batch-size must be a multiple of {2 * world_size} and --micro-batch-size a multiple "
+                 "of 2: whole pairs for every process")  # fmt: skip
     examples, heldout = common.load_examples(args.dataset, needs="pairs")
     train_set = tokenize_pairs(tokenizer, examples, args)
     heldout_set = tokenize_pairs(tokenizer, heldout, args, heldout=True)
     common.log(f"reward model: {len(train_set) // 2} pairs, {len(heldout_set) // 2} held out")
-    rm = common.load_value_model(args.model_path, tokenizer, torch.float32, True, AutoModelForSequenceClassification)
+    rm = common.load_value_model(args.model_path, tokenizer, torch.float32, fresh_head=True)
     if args.gradient_checkpointing:
         rm.gradient_checkpointing_enable({"use_reentrant": False})
     rm = add_methods(shard(rm.train(), mesh, dtype), token_values)
@@ -411,7 +469,6 @@ def train_reward_model(args: Args, policy_run, tokenizer, mesh, dtype: torch.dty
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup, num_updates)
 
     widest = max(len(prompt) for prompt, _ in train_set), max(len(response) for _, response in train_set)
-    policy_run.take_folder()  # from now on unfinished: a policy that stands there was made with another reward model
     done, _ = run.start([(rm, optimizer, scheduler)], num_updates, common.fingerprint(train_set))
     num_pairs = args.reward_batch_size // 2
     for update in range(done + 1, num_updates + 1):
@@ -420,7 +477,7 @@ def train_reward_model(args: Args, policy_run, tokenizer, mesh, dtype: torch.dty
         mine = pairs[rank * num_pairs // world_size : (rank + 1) * num_pairs // world_size]
         # The first updates (the second has the optimizer's states) are the widest: memory runs out now or never.
         widths = widest if update <= 2 else (0, 0)
-        losses = []
+        sum_loss = 0
         for i in range(0, len(mine), args.micro_batch_size // 2):
             micro = [train_set[2 * pair + side] for pair in mine[i : i + args.micro_batch_size // 2] for side in (0, 1)]
             batch = common.pad_batch(*zip(*micro), tokenizer.pad_token_id, device, widths)
@@ -428,11 +485,11 @@ def train_reward_model(args: Args, policy_run, tokenizer, mesh, dtype: torch.dty
             loss = bradley_terry_loss(scores)  # (pairs,)
             loss = loss + args.reward_center_coef * scores.view(-1, 2).sum(1) ** 2  # Eq. 2 of arXiv:2312.09244
             (loss.sum() * world_size / num_pairs).backward()  # FSDP averages over ranks, this wants the sum
-            losses.append(loss.detach())
+            sum_loss += loss.detach().sum()
         grad_norm = torch.nn.utils.clip_grad_norm_(rm.parameters(), args.max_grad_norm).full_tensor()
-        losses = torch.cat(losses)  # of this rank's pairs
-        loss = common.all_sum(losses.sum()) / num_pairs
-        common.check_finite(update, "the loss or its gradient is", torch.stack([loss, grad_norm]), mine, losses)
+        dist.all_reduce(sum_loss)
+        loss = sum_loss / num_pairs
+        common.check_finite(update, "the loss or its gradient is", torch.stack([loss, grad_norm]))
         optimizer.step()
         optimizer.zero_grad()
         metrics = {
@@ -448,8 +505,6 @@ def train_reward_model(args: Args, policy_run, tokenizer, mesh, dtype: torch.dty
         run.log(update, metrics, ("rm/loss", "rm/pair_accuracy", "optim/lr"))
         run.checkpoint(update)
     run.save(rm, full_state_dict(rm, dtype), tokenizer, "Reward model (Bradley-Terry)")
-    if told := run.told_to_stop():
-        run.leave(told, "the reward model")
 
 
 def main(args: Args) -> None:
@@ -458,20 +513,15 @@ def main(args: Args) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dtype = common.compute_dtype(args.dtype, device)
     run = common.Run(args, __file__)
-    common.check_positive(args, "rollout_batch_size", "rollout_micro_batch_size", "num_minibatches", "num_epochs")
-    common.check_positive(args, "num_updates", "temperature", "clip_coef", "max_kl", "max_approx_kl", "kl_target",
-                          "sample_every")  # fmt: skip
-    common.check_between(0, 1, args, "gamma", "gae_lambda")
-    common.check_between(0, math.inf, args, "kl_coef")
+    share = args.num_minibatches * world_size
+    common.check(args.rollout_batch_size % share == 0,
+                 f"--rollout-batch-size must be a multiple of {share}, --num-minibatches x processes")  # fmt: skip
+    common.check(world_size % args.dp_replicate == 0, f"{world_size} processes must be a multiple of --dp-replicate")
     apart = Path(args.output_dir).resolve() != Path(args.reward_output_dir).resolve()
     common.check(apart or args.reward_path, "--output-dir and --reward-output-dir must differ")
-    common.check_positive(args, "value_clip_coef", "reward_num_epochs", "reward_batch_size")
-    common.check_between(0, 1, args, "reward_warmup_fraction")
-    common.check_between(0, math.inf, args, "critic_learning_rate", "reward_learning_rate", "reward_center_coef",
-                         "missing_eos_penalty")  # fmt: skip
-    common.check_multiple("--rollout-batch-size", args.rollout_batch_size, args.num_minibatches * world_size,
-                          "--num-minibatches x processes")  # fmt: skip
-    common.check_multiple("the number of processes", world_size, args.dp_replicate, "--dp-replicate")
+    made = (Path(args.reward_output_dir) / "README.md").exists() and not args.reward_path and not args.resume
+    common.check(not made, f"{args.reward_output_dir} holds a reward model: use it by --reward-path "
+                 f"{args.reward_output_dir}, or choose another --reward-output-dir")  # fmt: skip
     mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
                             mesh_dim_names=("replicate", "shard"))  # fmt: skip
     mesh = mesh if args.dp_replicate > 1 else mesh["shard"]
@@ -480,22 +530,19 @@ def main(args: Args) -> None:
 
     # ---- 2 Data ------------------------------------------------------------------------------------------------------
     tokenizer = common.load_tokenizer(args.model_path)
-    if args.critic_path is not None:
+    if args.critic_path is not None:  # said before an RM is trained
         common.check_same_tokenizer(args.model_path, tokenizer, args.critic_path)
-        one_output = common.load_config(args.critic_path, tokenizer).num_labels == 1  # said before an RM is trained
-        common.check(one_output, f"--critic-path {args.critic_path}: no value or reward model")
     examples, _ = common.load_examples(args.dataset, needs="prompts")
     examples = list({str(example.prompt): example for example in examples}.values())  # each prompt once
     examples, all_prompts = common.fit_prompts(tokenizer, examples, args.max_prompt_length)
+    exact_score = getattr(common.load_task(args.dataset), "score", None)  # "gold", where the task has one
     common.log(f"{len(all_prompts)} prompts, the first: {tokenizer.decode(all_prompts[0])!r}")
     end_ids = torch.tensor([common.end_of_turn_id(tokenizer), tokenizer.eos_token_id], device=device)
 
     # ---- 3 Models: two trained, two frozen ---------------------------------------------------------------------------
     reward_path = args.reward_output_dir if args.reward_path is None else args.reward_path
     if args.reward_path is None:
-        resume = None if args.resume is None else ()  # a PATH names one of the policy's checkpoints
-        reward_args = replace(args, output_dir=reward_path, resume=resume)
-        train_reward_model(reward_args, run, tokenizer, mesh, dtype, device)
+        train_reward_model(replace(args, output_dir=reward_path), tokenizer, mesh, dtype, device)
         gc.collect()  # the model and its methods refer to each other: without it, its memory would stay taken
     common.check_same_tokenizer(args.model_path, tokenizer, reward_path)
     policy = common.load_policy(args.model_path, tokenizer, torch.float32).train()
@@ -504,7 +551,7 @@ def main(args: Args) -> None:
     policy = add_methods(shard(policy, mesh, dtype), token_logprobs, generate)
     reference = common.load_policy(args.model_path, tokenizer, dtype).eval().requires_grad_(False)
     reference = add_methods(shard(reference, mesh, dtype), token_logprobs)
-    rm = common.load_value_model(reward_path, tokenizer, dtype, False, AutoModelForSequenceClassification)
+    rm = common.load_value_model(reward_path, tokenizer, dtype, fresh_head=False)
     rm = add_methods(shard(rm.eval().requires_grad_(False), mesh, dtype), token_values)
     critic_path = reward_path if args.critic_path is None else args.critic_path
     critic = common.load_value_model(critic_path, tokenizer, torch.float32, fresh_head=False).train()
@@ -564,8 +611,8 @@ def main(args: Args) -> None:
                 values[micro, : r + 1] = critic.token_values(*batch)
                 scores[micro, 0] = common.last_values(rm.token_values(*batch), batch[2])
         scored = torch.cat([logprobs, ref_logprobs, values, scores], 1)[mine]  # (B / world_size, 3 R + 2)
-        per_row, scored = scored.sum(1), common.all_gather(scored)  # again all ranks hold all rows
-        common.check_finite(update, "log-probs, values or scores are", scored, mine.tolist(), per_row)
+        scored = common.all_gather(scored)  # again all ranks hold all rows
+        common.check_finite(update, "log-probs, values or scores are", scored)
         logprobs, ref_logprobs, values, scores = scored.split([R, R, R + 1, 1], 1)
         scores = scores[:, 0]  # (B,)
         kl = logprobs - ref_logprobs  # (B, R) k1, zero outside the mask
@@ -582,7 +629,7 @@ def main(args: Args) -> None:
         shuffled = [torch.randperm(B, generator=generator) for _ in range(args.num_epochs)]
         for minibatch in [rows for epoch in shuffled for rows in epoch.chunk(args.num_minibatches)]:
             num_tokens = response_mask[minibatch].sum()  # of all ranks and micro-batches, so neither changes the loss
-            rows, per_row = common.by_length(minibatch.chunk(world_size)[rank], attention_mask), []
+            rows = common.by_length(minibatch.chunk(world_size)[rank], attention_mask)
             sums = 0  # over the tokens, in the order in which section 7 unpacks their means
             for micro in rows.split(args.micro_batch_size):
                 batch = crop(input_ids[micro], attention_mask[micro], response_mask[micro])
@@ -598,12 +645,12 @@ def main(args: Args) -> None:
                 (value_loss * world_size / num_tokens).backward()
                 drift = ((new_values.detach() - old_values) ** 2)[mask].sum()
                 sums += torch.stack([loss.detach(), *ratio_sums, entropy.sum(), value_loss.detach(), drift])
-                per_row.append((new_logprobs.detach() + new_values.detach() * mask).sum(1))
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).full_tensor()
             critic_grad_norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm).full_tensor()
             norms = torch.stack([grad_norm, critic_grad_norm])
-            steps.append(torch.cat([common.all_sum(sums) / num_tokens, norms]))
-            common.check_finite(update, "a loss or its gradient is", steps[-1], rows.tolist(), torch.cat(per_row))
+            dist.all_reduce(sums)
+            steps.append(torch.cat([sums / num_tokens, norms]))
+            common.check_finite(update, "a loss or its gradient is", steps[-1])
             optimizer.step()
             optimizer.zero_grad()
             critic_optimizer.step()
@@ -626,6 +673,8 @@ def main(args: Args) -> None:
             carried.usual_surprise = surprise.quantile(0.95).item()
         off_support = (surprise > carried.usual_surprise).float().mean().item()  # starts near 0.05
         sequence_kl = kl.sum(1).mean().item()
+        targets = returns[response_mask]  # (N,)
+        unexplained = (targets - values[:, :-1][response_mask]).var(correction=0).item()
         seconds = time_rollout + time_score + time_update
         metrics = {
             "objective/kl": sequence_kl,
@@ -639,9 +688,7 @@ def main(args: Args) -> None:
             "policy/entropy": entropy,
             "loss/policy": loss,
             "loss/value": value_loss,
-            "critic/explained_variance": common.explained_variance(
-                values[:, :-1][response_mask], returns[response_mask]
-            ),
+            "critic/explained_variance": 1 - unexplained / max(targets.var(correction=0).item(), 1e-12),
             "critic/drift": drift**0.5,
             "critic/grad_norm": critic_grad_norm,
             "val/ratio": ratio,
@@ -657,17 +704,19 @@ def main(args: Args) -> None:
             "time/tokens_per_sec": lengths.sum().item() / seconds,
             "time/peak_mem_gb": common.peak_memory_gb(device),
         }
-        questions = [examples[i].prompt[-1]["content"] for i in drawn]
         # Decoding is slow: all answers where they are scored, else those that may be shown.
-        needed = zip(response_ids[: B if args.dataset == "toy" else 3], response_mask)
+        needed = zip(response_ids[: B if exact_score else 3], response_mask)
         texts = [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in needed]
-        if args.dataset == "toy":
-            metrics["objective/gold"] = sum(map(common.toy_gold, questions, texts)) / B
-        shown = ("objective/gold", "objective/scores", "objective/kl", "val/response_length", "val/eos_rate")
-        run.log(update, metrics, shown)
+        asked = [examples[i].prompt for i in drawn]
+        if exact_score:
+            metrics["objective/gold"] = sum(map(exact_score, asked, texts)) / B
+        run.log(update, metrics, ("objective/gold", "objective/scores", "objective/kl", "val/response_length",
+                                  "val/eos_rate", "val/off_support"))  # fmt: skip
         if update % args.sample_every == 0 or update == args.num_updates:
-            for question, text, score in zip(questions[:3], texts, scores.tolist()):
-                common.log(f"    score {score:+.2f}  {question[-200:]!r} -> {text[:300]!r}")
+            for prompt, text, score in zip(asked[:3], texts, scores.tolist()):
+                common.log(f"    score {score:+.2f}  {prompt[-1]['content'][-200:]!r} -> {text[:300]!r}")
+            if metrics["val/eos_rate"] < 0.5:
+                common.log(f"    {1 - metrics['val/eos_rate']:.0%} of the answers were cut: raise --response-length?")
         if off_support > 0.5 and not carried.warned:
             carried.warned = True
             common.log(
@@ -676,11 +725,14 @@ def main(args: Args) -> None:
             )
         if args.kl_target is not None:  # Section 2.2 of arXiv:1909.08593: proportional control, at most 2 % per update
             carried.kl_coef *= 1 + 0.1 * min(max(sequence_kl / args.kl_target - 1, -0.2), 0.2)
-        common.check_kl(update, sequence_kl, args.max_kl, "RM")
+        common.check(sequence_kl <= args.max_kl, f"update {update}: {sequence_kl:.0f} nats per answer to the reference "
+                     "are above --max-kl: lower --learning-rate or raise --kl-coef")  # fmt: skip
         run.checkpoint(update)
 
     # ---- 8 Save ------------------------------------------------------------------------------------------------------
     run.save(policy, full_state_dict(policy, dtype), tokenizer, "Policy trained by PPO (baseline of DVPO)")
+    common.log(f"next: python evaluate.py sft={args.model_path} ppo={args.output_dir} --reference-path "
+               f"{args.model_path} --dataset {args.dataset} --response-length {args.response_length}")  # fmt: skip
     common.end_processes()
 
 

@@ -3,12 +3,13 @@
 import gzip
 import json
 import random
-import re
 import types
 from collections import Counter
 
+import lists
 import pytest
 import torch
+from conftest import ROOT, gold, task_examples
 
 import common
 import train_gvm
@@ -95,15 +96,6 @@ def test_an_answer_of_several_turns_goes_on_from_its_prompt(tmp_path):
     assert (example.chosen, example.rejected) == ("fig", "dog")
 
 
-@pytest.mark.parametrize("spoilt", [{"chosen": None, "rejected": None}, {"chosen": " "}, {"chosen": 7},
-                                    {"chosen": "\ud83d"}])  # fmt: skip
-def test_bad_answers_do_not_spoil_a_prompt(spoilt, tmp_path):
-    good = ROWS["explicit prompt, strings"]
-    rows = [{**good, "prompt": "Name a tree."}, {**good, **spoilt}]
-    found = sum(common.load_examples(write(tmp_path / "data.jsonl", rows), "prompts"), [])
-    assert [example.prompt[0]["content"] for example in found] == ["Name a tree.", "Name a fruit."]
-
-
 def test_policies_may_be_numbers(tmp_path):
     row = {**ROWS["explicit prompt, strings"], "chosen_policy": 0, "rejected_policy": 1}
     (example,) = sum(common.load_examples(write(tmp_path / "data.jsonl", [row]), "pairs"), [])
@@ -187,27 +179,51 @@ def test_drops_are_counted_with_reasons(tmp_path, capsys):
         {"prompt": None, "chosen": [USER, said("x")], "rejected": [{**USER, "content": "other"}, said("y")]},
         {"prompt": "a", "chosen": [USER], "rejected": [USER]},
         {"prompt": "a", "chosen": 7, "rejected": 8},
-        {"prompt": "a", "chosen": "b", "rejected": "cut \ud83d"},
     ]
     train, heldout = common.load_examples(write(tmp_path / "data.jsonl", rows), "pairs")
     printed = capsys.readouterr().out
     assert len(train + heldout) == 1
-    for reason in (
-        "identical",
-        "empty answer",
-        "empty prompt",
-        "different prompts",
-        "not the assistant",
-        "is missing or null",
-        "half a character",
-    ):
-        (line,) = [line for line in printed.splitlines() if reason in line]
-        assert re.fullmatch(r"  dropped 1: .* \(the first is row \d+\)", line)
+    assert "  dropped 8 rows: " in printed
+    for reason in ("chosen and rejected are identical", "empty answer", "empty prompt", "malformed row, or a null",
+                   "chosen and rejected answer different prompts", "the last message is not the assistant's",
+                   "a message without a role"):  # fmt: skip
+        assert f"1 x {reason}" in printed, reason
+
+
+def test_half_a_character_is_refused(tmp_path):
+    """Cut in UTF-16; in a file the reader says where."""
+    row = {"prompt": "a", "chosen": "b", "rejected": "cut \ud83d"}
+    with pytest.raises(common.UserError, match="surrogate"):
+        common.load_examples(write(tmp_path / "data.jsonl", [row]), "pairs")
+    with pytest.raises(common.UserError, match="no row can be used here: 1 x malformed row"):
+        common.to_examples([row], "a task", "pairs")
+
+
+# ---- Tasks -----------------------------------------------------------------------------------------------------------
+def test_a_task_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert common.load_task("tests/tasks/lists.py").score and common.load_task("runs/sft") is None
+    (tmp_path / "mine.py").write_text("def rows(split):\n    yield {'prompt': split, 'response': 'a'}\n")
+    train, heldout = common.load_examples("mine.py", "answers")
+    assert [e.prompt[0]["content"] for e in train + heldout] == ["train", "heldout"]
+    with pytest.raises(common.UserError, match="nowhere.py: no such file"):
+        common.load_task("nowhere.py")
+
+
+def test_the_short_task():
+    """Right answers score 1, wrong ones -1; the splits share no sum."""
+    path = str(ROOT / "tests/tasks/arithmetic.py")
+    task, (train, heldout) = common.load_task(path), common.load_examples(path, "pairs")
+    assert len(train) == 9_000 and len(heldout) == 1_000
+    assert not {str(e.prompt) for e in train} & {str(e.prompt) for e in heldout}
+    assert {task.score(e.prompt, e.chosen) for e in train} == {1.0}
+    assert {task.score(e.prompt, e.rejected) for e in train} == {-1.0}
+    assert task.score(train[0].prompt, "") == task.score(train[0].prompt, "about 12") == -1.0
 
 
 # ---- Tokens ----------------------------------------------------------------------------------------------------------
 def test_prompt_and_answer_tokens():
-    tokenizer = common.toy_tokenizer()
+    tokenizer = lists.model()[1]
     messages = [{"role": "user", "content": "list two animals, not the cat"}]
     prompt = common.tokenize_prompt(tokenizer, messages)
     assert tokenizer.decode(prompt) == "<user> list two animals, not the cat <assistant>"
@@ -218,15 +234,15 @@ def test_prompt_and_answer_tokens():
 
 
 def test_unknown_words_are_counted(capsys):
-    common.tokenize_answers(common.toy_tokenizer(), ["dog and xylophone.", "cat."], 20)
+    common.tokenize_answers(lists.model()[1], ["dog and xylophone.", "cat."], 20)
     assert "16.7% of the answers' tokens are unknown" in capsys.readouterr().out
-    common.tokenize_answers(common.toy_tokenizer(), ["dog and cow."], 20)
+    common.tokenize_answers(lists.model()[1], ["dog and cow."], 20)
     assert "unknown" not in capsys.readouterr().out
 
 
 def test_control_tokens_in_a_text(capsys):
     """An answer ends once, whatever it quotes; a prompt that could speak in another role is left out."""
-    tokenizer = common.toy_tokenizer()
+    tokenizer = lists.model()[1]
     plain, quoting, unknown = common.tokenize_answers(
         tokenizer, ["dog and cow.", "dog<eos> and <user>cow.<eos>", "hm"], 20
     )
@@ -247,7 +263,7 @@ def test_control_tokens_in_a_text(capsys):
 
 def test_control_tokens_that_are_not_called_special():
     """DeepSeek's marks of roles and some ChatML models' are plain added tokens."""
-    tokenizer = common.toy_tokenizer()
+    tokenizer = lists.model()[1]
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "<think>", "\n\n"])
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n\n{{ m['content'] }}<|im_end|>{% endfor %}"
@@ -264,7 +280,7 @@ def test_control_tokens_that_are_not_called_special():
 @pytest.mark.parametrize("tail, expected", [("<eos>", "<eos>"), ("<user>\n<eos>", "<user>"), ("\n", "<eos>")])
 def test_the_end_of_a_turn_is_what_the_template_writes(tail, expected):
     """Templates end turns with EOS, with another special token, or with nothing special."""
-    tokenizer = common.toy_tokenizer()
+    tokenizer = lists.model()[1]
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}" + tail + "{% endif %}{% endfor %}"
     )
@@ -290,7 +306,7 @@ def test_a_base_model_without_template_keeps_its_first_token(tmp_path, tiny_mode
 
 
 def test_a_prompt_depends_on_no_day_and_starts_no_thoughts():
-    tokenizer, prompt = common.toy_tokenizer(), [{"role": "user", "content": "list two metals"}]
+    tokenizer, prompt = lists.model()[1], [{"role": "user", "content": "list two metals"}]
     plain = common.tokenize_prompt(tokenizer, prompt)
     tokenizer.chat_template += (
         "{% if enable_thinking is not defined or enable_thinking %}<unk>{% endif %}"
@@ -302,7 +318,7 @@ def test_a_prompt_depends_on_no_day_and_starts_no_thoughts():
 
 
 def test_of_several_chat_templates_the_default_is_used_and_saved(tmp_path):
-    tokenizer, prompt = common.toy_tokenizer(), [{"role": "user", "content": "list two metals"}]
+    tokenizer, prompt = lists.model()[1], [{"role": "user", "content": "list two metals"}]
     plain = common.tokenize_prompt(tokenizer, prompt)
     tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "<unk>"}
     tokenizer.save_pretrained(tmp_path / "several")
@@ -313,7 +329,7 @@ def test_of_several_chat_templates_the_default_is_used_and_saved(tmp_path):
 
 
 def test_prompts_that_the_template_refuses_are_dropped(capsys):
-    tokenizer = common.toy_tokenizer()
+    tokenizer = lists.model()[1]
     tokenizer.chat_template = (
         "{{ raise_exception('no system') if messages[0]['role'] == 'system' else messages[-1]['content'] }}"
     )
@@ -359,7 +375,7 @@ def test_context_never_holds_the_prompt_it_conditions():
 
 
 def test_a_prompt_may_have_just_the_length_that_is_allowed():
-    tokenizer, example = common.toy_tokenizer(), common.Example(PROMPT)
+    tokenizer, example = lists.model()[1], common.Example(PROMPT)
     ((ids,),) = common.fit_prompts(tokenizer, [example], 99)[1:]
     assert common.fit_prompts(tokenizer, [example], len(ids))[0] == [example]
     assert common.fit_prompts(tokenizer, [example], len(ids) - 1, heldout=True)[0] == []
@@ -394,7 +410,7 @@ def test_batches_walk_through_all_rows_once_per_pass():
 
 # ---- The embedded task -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    "answer, gold",
+    "answer, score",
     [
         ("dog, cow and bear.", 1.0),
         ("dog and cow.", 0.5),
@@ -409,53 +425,49 @@ def test_batches_walk_through_all_rows_once_per_pass():
         ("", -1.0),
     ],
 )
-def test_gold_score(answer, gold):
-    assert common.toy_gold("list three animals, not the cat", answer) == gold
+def test_gold_score(answer, score):
+    assert gold("list three animals, not the cat", answer) == score
 
 
 def test_embedded_task_has_the_promised_properties():
-    train, heldout = common.toy_examples()
+    train, heldout = task_examples("train"), task_examples("heldout")
+    assert len(train) == 16_000 and len(heldout) == 2_000
     assert not {e.prompt[0]["content"] for e in train} & {e.prompt[0]["content"] for e in heldout}
-    assert common.toy_examples(50, 10)[0] == common.toy_examples(50, 10)[0]
-    gold = {policy: [] for policy in common.TOY_POLICIES}
+    assert lists.rows("heldout") == lists.rows("heldout")
+    by_writer = {writer: [] for writer in lists.WRITERS}
     right = 0.0
     for e in train:
-        text = e.prompt[0]["content"]
-        good, bad = common.toy_gold(text, e.chosen), common.toy_gold(text, e.rejected)
-        gold[e.chosen_policy].append(good)
-        gold[e.rejected_policy].append(bad)
+        good, bad = lists.score(e.prompt, e.chosen), lists.score(e.prompt, e.rejected)
+        by_writer[e.chosen_policy].append(good)
+        by_writer[e.rejected_policy].append(bad)
         right += (good > bad) + 0.5 * (good == bad)
-    means = [sum(x) / len(x) for x in gold.values()]
-    assert len(means) >= 4 and max(means) - min(means) > 0.5  # behaviour policies of different skill
-    assert 0.81 < right / len(train) < 0.85  # labels are noisy: this is what the gold score itself reaches
+    means = [sum(x) / len(x) for x in by_writer.values()]
+    assert len(means) >= 4 and max(means) - min(means) > 0.5  # writers of different skill
+    assert 0.81 < right / len(train) < 0.85  # labels are noisy: this is what the exact score itself reaches
     lengths = Counter(len(e.chosen.split()) for e in train)
     assert len(lengths) > 4  # answers of varying length
     best_constant = max(
-        sum(common.toy_gold(e.prompt[0]["content"], answer) for e in train[:2000]) / 2000
-        for answer in {e.chosen for e in train[:50]}
+        sum(lists.score(e.prompt, answer) for e in train[:2000]) / 2000 for answer in {e.chosen for e in train[:50]}
     )
     assert best_constant < 0
 
 
 def test_every_prompt_has_a_perfect_answer_and_the_text_survives_the_tokenizer():
-    tokenizer, rng = common.toy_tokenizer(), random.Random(0)
-    for example in common.toy_examples(400, 10)[0]:
+    tokenizer, rng = lists.model()[1], random.Random(0)
+    for example in task_examples()[:400]:
         prompt = example.prompt[0]["content"]
-        perfect = (common.toy_answer(rng, prompt, "expert") for _ in range(50))
-        assert max(common.toy_gold(prompt, answer) for answer in perfect) == 1.0
+        perfect = (lists.write(rng, prompt, "expert") for _ in range(50))
+        assert max(gold(prompt, answer) for answer in perfect) == 1.0
         for text in (prompt, example.chosen):
             assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
 def test_preferences_are_bradley_terry_in_the_gold_score():
     """Among pairs whose gold scores differ by one fault, the better wins with probability sigmoid(0.5 / noise)."""
-    train, _ = common.toy_examples()
     wins = total = 0
-    for e in train:
-        difference = common.toy_gold(e.prompt[0]["content"], e.chosen) - common.toy_gold(
-            e.prompt[0]["content"], e.rejected
-        )
-        if abs(difference) == common.TOY_FAULT:
+    for e in task_examples():
+        difference = lists.score(e.prompt, e.chosen) - lists.score(e.prompt, e.rejected)
+        if abs(difference) == lists.FAULT:
             wins, total = wins + (difference > 0), total + 1
-    expected = torch.sigmoid(torch.tensor(common.TOY_FAULT / common.TOY_NOISE)).item()
+    expected = torch.sigmoid(torch.tensor(lists.FAULT / lists.NOISE)).item()
     assert abs(wins / total - expected) < 4 * (expected * (1 - expected) / total) ** 0.5

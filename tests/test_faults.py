@@ -15,8 +15,7 @@ import types
 import pytest
 import torch
 import torch.distributed as dist
-import transformers
-from conftest import ROOT, load_weights, read_metrics, run_script
+from conftest import ROOT, load_weights, read_metrics, run_script, task_examples, torchrun
 from safetensors.torch import save_file
 
 import common
@@ -38,7 +37,7 @@ def pairs(tmp_path_factory) -> str:
     """A file of preference pairs of the embedded task: 64 to train on, 4 held out."""
     path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
     kept, out = [], []
-    for example in common.toy_examples()[0][:200]:
+    for example in task_examples()[:200]:
         (out if random.Random(example.prompt[-1]["content"]).random() < 0.05 else kept).append(example)
     rows = [{"prompt": e.prompt, "chosen": e.chosen, "rejected": e.rejected, "chosen_policy": e.chosen_policy,
              "rejected_policy": e.rejected_policy} for e in kept[:64] + out[:4]]  # fmt: skip
@@ -79,7 +78,7 @@ def train(script, flags, **more):
 
 def command_line(flags: dict) -> list[str]:
     return [part for name, value in flags.items()
-            for part in (f"--{name.replace('_', '-')}", value)]  # fmt: skip
+            for part in (f"--{name.replace('_', '-')}", *([] if value is True else [value]))]  # fmt: skip
 
 
 def assert_identical(a, b):
@@ -148,7 +147,7 @@ def test_an_interrupted_run_ends_bit_identical(script, method, at, after, whole,
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         interrupt(patch, method, at, after)
         train(script, flags)
-    train(script, flags, resume=())
+    train(script, flags, resume=True)
     assert_identical(whole(script), tmp_path / "run")
 
 
@@ -159,7 +158,7 @@ def test_ppo_goes_on_in_the_stage_it_was_in(method, at, after, whole, settings, 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         interrupt(patch, method, at, after)
         train("train_ppo_baseline", flags)
-    train("train_ppo_baseline", flags, resume=())
+    train("train_ppo_baseline", flags, resume=True)
     assert_identical(whole("train_ppo_baseline"), tmp_path / "run")
     assert_identical(f"{whole('train_ppo_baseline')}_rm", tmp_path / "run_rm")
 
@@ -169,20 +168,14 @@ def test_a_run_interrupted_again_and_again(whole, settings, tmp_path, monkeypatc
     for i in range(6):
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
             interrupt(patch, "checkpoint", 2 if i else 1, after=bool(i % 2))
-            train("train_dvpo", flags, **({"resume": ()} if i else {}))
-    train("train_dvpo", flags, resume=())
+            train("train_dvpo", flags, **({"resume": True} if i else {}))
+    train("train_dvpo", flags, resume=True)
     assert_identical(whole("train_dvpo"), tmp_path / "run")
 
 
-def test_resume_from_a_named_checkpoint(whole, settings, tmp_path):
-    """An older one: what came after it is made anew."""
-    flags = settings("train_dvpo", tmp_path / "run")
-    train("train_dvpo", flags)
-    (tmp_path / "run" / "config.json").unlink()  # as if it had not finished
-    checkpoints = tmp_path / "run" / "checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_000006", "step_000008"]  # the newest two
-    train("train_dvpo", flags, resume=(str(checkpoints / "step_000006"),))
-    assert_identical(whole("train_dvpo"), tmp_path / "run")
+def test_the_newest_two_checkpoints_are_kept(whole):
+    names = [path.name for path in (whole("train_dvpo") / "checkpoints").iterdir()]
+    assert sorted(names) == ["step_000006", "step_000008"]
 
 
 @pytest.mark.parametrize("script, stage", [*((script, "run") for script in MODULES), ("train_ppo_baseline", "run_rm")])
@@ -192,8 +185,8 @@ def test_two_ranks_save_one_goes_on(script, stage, whole, settings, tmp_path):
         flags["reward_path"] = str(whole(script)) + "_rm"
     result = launch(script, flags, "stop_after(4)", tmp_path, ranks=2)
     assert "stopped by SIGTERM after update 4: the same command with --resume" in result.stdout, result.stderr[-2000:]
-    assert json.loads((tmp_path / stage / "checkpoints/step_000004/state.json").read_text())["ranks"] == 2
-    train(script, flags, resume=())
+    assert len(list((tmp_path / stage / "checkpoints/step_000004").glob("*.distcp"))) == 2
+    train(script, flags, resume=True)
     for folder in {stage, "run"}:
         expected = whole(script).with_name(folder.replace("run", script))
         for a, b in zip(read_metrics(expected), read_metrics(tmp_path / folder), strict=True):
@@ -210,7 +203,7 @@ def test_micro_batches_may_change_on_the_way(settings, whole, tmp_path, monkeypa
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         interrupt(patch, "checkpoint", 4, after=True)
         train("sft", flags)
-    train("sft", flags, resume=(), micro_batch_size=2, checkpoint_every=100)
+    train("sft", flags, resume=True, micro_batch_size=2, checkpoint_every=100)
     for a, b in zip(read_metrics(whole("sft")), read_metrics(tmp_path / "run"), strict=True):
         assert a["loss/sft"] == pytest.approx(b["loss/sft"], rel=1e-5)
 
@@ -252,11 +245,13 @@ def ours(result) -> str:
     return result.stderr.split('Traceback (most recent call last):\n  File "<frozen runpy>"')[0]
 
 
-def launch(script, flags, patch, tmp_path, ranks=1, launcher=()):
-    """The script with `patch`, a line of Python, in a process of its own or by torchrun."""
+def launch(script, flags, patch, tmp_path, ranks=1, launcher=None):
+    """The script with `patch`, a line of Python, in processes of its own, by torchrun where flags are given to it."""
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER.format(root=str(ROOT), script=script, patch=patch))
-    return run_script(driver, *command_line(flags), ranks=ranks, launcher=launcher)
+    if launcher is not None:
+        return torchrun(driver, *command_line(flags), ranks=ranks, launcher=launcher)
+    return run_script(driver, *command_line(flags), ranks=ranks)
 
 
 @pytest.mark.parametrize("number, ranks", [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
@@ -269,7 +264,7 @@ def test_a_signal_saves_and_leaves(number, ranks, whole, settings, tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "step_000005" / "manifest.json").exists()
     if ranks == 1:
         assert result.returncode == 128 + number and result.stderr == ""
-    train("train_dvpo", flags, resume=())
+    train("train_dvpo", flags, resume=True)
     if ranks == 1:
         assert_identical(whole("train_dvpo"), tmp_path / "run")
 
@@ -289,36 +284,37 @@ def test_kill_9_during_a_save(whole, settings, tmp_path):
     patch = (
         "original = common.sha256\n"
         "def sha256(file):\n"
-        "    if 'step_000003' in os.listdir(file.parents[1]):\n"
+        "    if 'step_000006' in str(file):\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return original(file)\n"
         "common.sha256 = sha256"
     )
     launch("train_dvpo", flags, patch, tmp_path)
-    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == [".unfinished", "step_000003"]
-    train("train_dvpo", flags, resume=())
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["step_000003", "step_000006"]
+    train("train_dvpo", flags, resume=True)
     assert_identical(whole("train_dvpo"), tmp_path / "run")
-    assert not (tmp_path / "run/checkpoints/.unfinished").exists()
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_and_the_run_goes_on(settings, tmp_path):
-    """One of two ranks is killed: `--max-restarts` is all it takes."""
-    restarted = launch("train_dvpo", settings("train_dvpo", tmp_path / "a"), "kill_at(5, of_rank=1)", tmp_path, ranks=2,
-                       launcher=["--max-restarts", "1"])  # fmt: skip
+    """One of two ranks is killed: `--max-restarts` with `--resume` is all it takes, from the first start on."""
+    flags = {**settings("train_dvpo", tmp_path / "a"), "resume": True}
+    restarted = launch("train_dvpo", flags, "kill_at(5, of_rank=1)", tmp_path, 2, ["--max-restarts", "1"])
     assert restarted.returncode == 0, restarted.stderr[-2000:]
-    assert "going on from" in restarted.stdout
+    assert "going on from the start" in restarted.stdout or "going on from step_000003" in restarted.stdout
     whole = run_script("train_dvpo.py", *command_line(settings("train_dvpo", tmp_path / "b")), ranks=2)
     assert whole.returncode == 0, whole.stderr[-2000:]
     assert_identical(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_restarts_keep_the_guards_and_their_voice(settings, tmp_path):
     """Another run's folder is refused in every attempt, one line each; none hangs."""
     flags = settings("train_dvpo", tmp_path / "run")
     train("train_dvpo", flags)
-    result = launch("train_dvpo", {**flags, "seed": 2}, "pass", tmp_path, ranks=2, launcher=["--max-restarts", "1"])
+    result = launch("train_dvpo", {**flags, "seed": 2}, "pass", tmp_path, 2, ["--max-restarts", "1"])
     assert result.returncode != 0 and len(errors(result)) == 2, result.stderr[-3000:]
-    assert all("holds a finished run or a model" in line for line in errors(result))
+    assert all("holds a finished run" in line for line in errors(result)), errors(result)
     assert len(read_metrics(tmp_path / "run")) == 8
 
 
@@ -331,20 +327,6 @@ def stopped(settings, tmp_path, monkeypatch):
         interrupt(patch, "log", 7, after=True)
         train("train_dvpo", flags)
     return flags, tmp_path / "run"
-
-
-@pytest.mark.parametrize("damaged, then", [(False, "step_000006"), (True, "step_000003")])
-def test_a_restart_goes_on_from_the_newest(damaged, then, stopped, tmp_path):
-    """`--resume PATH` says where the first attempt begins, not the one after a crash: that takes the newest whole."""
-    flags, folder = stopped
-    first, manifest = str(folder / "checkpoints/step_000003"), str(folder / "checkpoints/step_000006/manifest.json")
-    patch = f"at_update(7, lambda: open({manifest!r}, 'w').close()); " if damaged else ""
-    result = launch("train_dvpo", {**flags, "resume": first}, patch + "kill_at(8, of_rank=1)", tmp_path, ranks=2,
-                    launcher=["--max-restarts", "1"])  # fmt: skip
-    assert result.returncode == 0, result.stderr[-2000:]
-    begun = [line for line in result.stdout.splitlines() if line.startswith("going on from")]
-    assert [line[-11:] for line in begun] == ["step_000003", then]
-    assert [row["step"] for row in read_metrics(folder)] == list(range(1, 9))
 
 
 def flip_a_byte(file):
@@ -362,7 +344,7 @@ DAMAGES = {
     "truncated tensors": lambda c: truncate(c / "__0_0.distcp"),
     "no tensors": lambda c: (c / "__0_0.distcp").unlink(),
     "a flipped bit in the metadata": lambda c: flip_a_byte(c / ".metadata"),
-    "other progress": lambda c: (c / "state.json").write_text((c / "state.json").read_text().replace("6,", "5,", 1)),
+    "other progress": lambda c: (c / "state.json").write_text((c / "state.json").read_text() + " "),
     "no manifest": lambda c: (c / "manifest.json").unlink(),
     "a manifest that is no JSON": lambda c: (c / "manifest.json").write_text("{"),
     "a manifest of nothing": lambda c: (c / "manifest.json").write_text("[]"),
@@ -373,9 +355,9 @@ DAMAGES = {
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(damage, stopped, whole, capsys):
     flags, folder = stopped
     DAMAGES[damage](folder / "checkpoints" / "step_000006")
-    train("train_dvpo", flags, resume=())
+    train("train_dvpo", flags, resume=True)
     printed = capsys.readouterr().out
-    assert "step_000006: " in printed and "trying the one before" in printed and "step_000003" in printed
+    assert "step_000006: " in printed and "trying the one before" in printed and "going on from step_000003" in printed
     assert_identical(whole("train_dvpo"), folder)
 
 
@@ -383,14 +365,12 @@ def test_no_checkpoint_is_whole(stopped):
     flags, folder = stopped
     for checkpoint in (folder / "checkpoints").glob("step_*"):
         truncate(checkpoint / "__0_0.distcp")
-    with pytest.raises(common.UserError, match="none of its checkpoints can be used; --overwrite"):
-        train("train_dvpo", flags, resume=())
-    with pytest.raises(common.UserError, match="--resume .*step_000006: __0_0.distcp is not what was"):
-        train("train_dvpo", flags, resume=(str(folder / "checkpoints" / "step_000006"),))
+    with pytest.raises(common.UserError, match="none of its checkpoints can be used"):
+        train("train_dvpo", flags, resume=True)
 
 
-def test_a_full_disk_keeps_the_checkpoint_before(stopped, whole, monkeypatch):
-    """Files larger than 20 kB cannot be written while the next checkpoint is saved."""
+def test_a_full_disk_keeps_the_checkpoint_before(stopped, whole, monkeypatch, capsys):
+    """Files larger than 20 kB cannot be written while the next checkpoint is saved: one line, and the one before."""
     flags, folder = stopped
     save = common.Run.save_checkpoint
 
@@ -402,12 +382,15 @@ def test_a_full_disk_keeps_the_checkpoint_before(stopped, whole, monkeypatch):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as left, common.one_line_errors():
         patch.setattr(common.Run, "save_checkpoint", on_a_full_disk)
-        with pytest.raises(common.RunError, match="step_000008: cannot be written .*GB are free there.*one before"):
-            train("train_dvpo", flags, resume=())
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_000003", "step_000006"]
-    train("train_dvpo", flags, resume=())
+        train("train_dvpo", flags, resume=True)
+    assert left.value.code == 1
+    assert capsys.readouterr().err == (
+        "error: an output file cannot be written: make room, then run it again with --resume\n"
+    )
+    train("train_dvpo", flags, resume=True)
+    assert "step_000008: not whole" in capsys.readouterr().out
     assert_identical(whole("train_dvpo"), folder)
 
 
@@ -416,37 +399,33 @@ def test_a_finished_run_is_not_overwritten(settings, tmp_path, capsys):
     flags = settings("sft", tmp_path / "run")
     train("sft", flags)
     before = (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns
-    with pytest.raises(common.UserError, match="holds a finished run or a model: choose another"):
+    with pytest.raises(common.UserError, match="holds a finished run: --resume it, remove it, or choose another"):
         train("sft", flags)
-    train("sft", flags, resume=())
+    train("sft", flags, resume=True)
     assert "is finished already" in capsys.readouterr().out
     with pytest.raises(common.UserError, match="cannot go on with other settings: --learning-rate was 0.0015, now 0.1"):
-        train("sft", flags, resume=(), learning_rate=0.1)
+        train("sft", flags, resume=True, learning_rate=0.1)
     assert (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns == before
-    train("sft", flags, overwrite=True, seed=2)
-    assert (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns > before
-    assert len(read_metrics(tmp_path / "run")) == 8
 
 
-def test_a_model_that_stands_in_the_folder_is_safe(settings, tiny_gvm):
-    with pytest.raises(common.UserError, match="holds a finished run or a model"):
-        train("sft", settings("sft", tiny_gvm))
-    with pytest.raises(common.UserError, match="args.json: cannot be read"):
-        train("sft", settings("sft", tiny_gvm), resume=())
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_model_that_stands_in_the_folder_is_safe(resume, settings, tiny_gvm):
+    with pytest.raises(common.UserError, match="holds other files than a run's"):
+        train("sft", settings("sft", tiny_gvm), resume=resume)
 
 
 def test_other_settings_are_refused_with_the_differences(stopped):
     flags, _ = stopped
     with pytest.raises(common.UserError, match="--kl-coef was 0.05, now 0.3; --seed was 1, now 2"):
-        train("train_dvpo", flags, resume=(), seed=2, kl_coef=0.3)
+        train("train_dvpo", flags, resume=True, seed=2, kl_coef=0.3)
 
 
-@pytest.mark.parametrize("text", ["", "[]"])
+@pytest.mark.parametrize("text", ["", "7"])
 def test_settings_that_cannot_be_read(text, stopped):
     flags, folder = stopped
     (folder / "args.json").write_text(text)
     with pytest.raises(common.UserError, match="args.json: cannot be read"):
-        train("train_dvpo", flags, resume=())
+        train("train_dvpo", flags, resume=True)
 
 
 def test_other_data_are_refused(stopped, pairs, tmp_path):
@@ -455,7 +434,7 @@ def test_other_data_are_refused(stopped, pairs, tmp_path):
     open(pairs, "w").write("".join(before.splitlines(keepends=True)[5:]))
     try:
         with pytest.raises(common.UserError, match="pairs.jsonl or a frozen model has changed since"):
-            train("train_dvpo", flags, resume=())
+            train("train_dvpo", flags, resume=True)
     finally:
         open(pairs, "w").write(before)
 
@@ -471,7 +450,7 @@ def test_another_gvm_is_refused(settings, tiny_gvm, tmp_path, monkeypatch):
     weights["score.weight"] += 1
     save_file(weights, tmp_path / "gvm" / "model.safetensors", {"format": "pt"})
     with pytest.raises(common.UserError, match="or a frozen model has changed since"):
-        train("train_dvpo", flags, resume=())
+        train("train_dvpo", flags, resume=True)
 
 
 def test_models_from_the_hub_are_told_apart(tiny_gvm, tmp_path):
@@ -493,145 +472,54 @@ def test_models_from_the_hub_are_told_apart(tiny_gvm, tmp_path):
     assert prints[0] != prints[1]
 
 
-def test_a_resumed_run_goes_on_in_wandb(settings, tmp_path, monkeypatch):
-    """As the run it was; updates that are made again are sent again, which wandb passes over."""
-    begun, logged, key = [], [], None
-
-    def init(id, **kwargs):
-        if key is None:
-            raise RuntimeError("api_key not configured")
-        begun.append((id, kwargs["resume"]))
-        return types.SimpleNamespace(id=id or "fresh")
-
-    fake = types.SimpleNamespace(init=init, log=lambda metrics, step: logged.append(step), finish=lambda: None)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    find_spec = common.importlib.util.find_spec
-    monkeypatch.setattr(
-        common.importlib.util, "find_spec", lambda name, *rest: name == "wandb" or find_spec(name, *rest)
-    )
-    flags = settings("sft", tmp_path / "run", track="wandb")
-    with pytest.raises(common.UserError, match="`wandb login`.*api_key"):
-        train("sft", flags)
-    key = "given"
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        interrupt(patch, "log", 4, after=True)
-        train("sft", flags, overwrite=True)
-    train("sft", flags, resume=())
-    assert begun == [(None, "allow"), ("fresh", "allow")] and logged == [1, 2, 3, 4, 4, 5, 6, 7, 8]
+@pytest.mark.parametrize("track", ["tensorboard", "wandb"])
+def test_metrics_go_to_a_tracker(track, settings, tmp_path, monkeypatch):
+    begun, logged = [], []
+    writer = types.SimpleNamespace(add_scalar=lambda name, value, step: logged.append((name, step)))
+    fake = types.SimpleNamespace(SummaryWriter=lambda folder, purge_step: begun.append((folder, purge_step)) or writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **kwargs: begun.append(kwargs)))
+    train("sft", settings("sft", tmp_path / "run", track=track))
+    assert begun[-1] == (tmp_path / "run" / "tensorboard", 1) and ("loss/sft", 8) in logged
+    assert (begun[0] == begun[-1]) if track == "tensorboard" else begun[0]["sync_tensorboard"]
 
 
-def test_a_run_that_finished_meanwhile_is_safe(settings, tmp_path, monkeypatch):
-    """Both found the folder free; the slower one must not take it from the faster."""
-    flags = settings("sft", tmp_path / "run")
-    start = common.Run.start
-
-    def late(*rest, **kwargs):
-        (tmp_path / "run").mkdir()
-        (tmp_path / "run" / "config.json").write_text("{}")
-        return start(*rest, **kwargs)
-
-    monkeypatch.setattr(common.Run, "start", late)
-    with pytest.raises(common.UserError, match="another run has begun there meanwhile"):
-        train("sft", flags)
-    assert (tmp_path / "run" / "config.json").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
+def test_a_tracker_that_is_not_installed(settings, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(common.UserError, match="--track wandb: pip install"):
+        train("sft", settings("sft", tmp_path / "run", track="wandb"))
 
 
 def test_other_peoples_files_are_safe(settings, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "README.md").write_text("mine")
-    for more in ({}, {"resume": ()}, {"overwrite": True}):
+    """A folder of another tool may look like a run's: `args.json`, `checkpoints/`, weights."""
+    (tmp_path / "run/checkpoints/best").mkdir(parents=True)
+    for name in ("README.md", "args.json", "model-lora.safetensors", "checkpoints/best/weights.pt"):
+        (tmp_path / "run" / name).write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    for more in ({}, {"resume": True}):
         with pytest.raises(common.UserError, match="holds other files than a run's: choose another"):
             train("sft", settings("sft", tmp_path / "run", **more))
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["README.md"]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_copies_beside_the_checkpoints_are_safe(stopped, whole):
+    flags, folder = stopped
+    for name in ("best", "step_000006_best", "note"):
+        shutil.copytree(folder / "checkpoints/step_000006", folder / "checkpoints" / name)
+    train("train_dvpo", flags, resume=True)
+    kept = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert kept == {"best", "step_000006_best", "note", "step_000006", "step_000008"}
+    assert_identical(whole("train_dvpo"), folder)
 
 
 def test_an_unfinished_run_is_not_started_again_by_chance(stopped):
-    flags, _ = stopped
-    with pytest.raises(common.UserError, match="holds an unfinished run: --resume or --overwrite it"):
+    flags, folder = stopped
+    with pytest.raises(common.UserError, match="holds an unfinished run: --resume it, remove it, or choose another"):
         train("train_dvpo", flags)
-    with pytest.raises(common.UserError, match="--resume goes on, --overwrite starts again: choose one"):
-        train("train_dvpo", flags, resume=(), overwrite=True)
-
-
-def test_a_foreign_checkpoint(stopped, settings, whole, tmp_path, capsys):
-    """Of another run, lying in this one's folder, it is passed over; in another folder, it is none of this run's."""
-    flags, folder = stopped
-    train("train_dvpo", flags, output_dir=str(tmp_path / "other"), seed=2)
-    shutil.copytree(tmp_path / "other/checkpoints/step_000008", folder / "checkpoints/step_000007")
-    for path in (str(tmp_path / "other/checkpoints/step_000008"), "./nowhere", str(folder / "checkpoints")):
-        with pytest.raises(common.UserError, match=f"--resume {path}: no checkpoint of {folder}"):
-            train("train_dvpo", flags, resume=(path,))
-    train("train_dvpo", flags, resume=())
-    assert "step_000007: of another run: --seed was 2, now 1; trying the one before" in capsys.readouterr().out
-    assert_identical(whole("train_dvpo"), folder)
-
-
-def test_overwrite_needs_nothing_that_is_missing(settings, tmp_path, monkeypatch):
-    """What a run cannot do without is looked for before the old run is dropped."""
-    flags = settings("sft", tmp_path / "run")
-    train("sft", flags)
-    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(common.UserError, match="--track wandb: not installed"):
-        train("sft", flags, overwrite=True, track="wandb")
-    assert (tmp_path / "run" / "config.json").exists() and len(read_metrics(tmp_path / "run")) == 8
-
-
-def test_ppo_overwritten_and_interrupted_is_not_finished(settings, tmp_path, monkeypatch):
-    """In the reward model's stage the old policy no longer counts."""
-    flags = settings("train_ppo_baseline", tmp_path / "run")
-    train("train_ppo_baseline", flags)
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        interrupt(patch, "log", 2, after=True)
-        train("train_ppo_baseline", flags, overwrite=True, seed=2)
-    train("train_ppo_baseline", flags, resume=(), seed=2)
-    train("train_ppo_baseline", settings("train_ppo_baseline", tmp_path / "fresh"), seed=2)
-    assert_identical(tmp_path / "fresh", tmp_path / "run")
-
-
-def test_a_signal_in_the_reward_models_last_update(settings, tmp_path, monkeypatch):
-    flags = settings("train_ppo_baseline", tmp_path / "run")
-    log = common.Run.log
-
-    def told(run, update, *rest):
-        if update == run.num_updates:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return log(run, update, *rest)
-
-    monkeypatch.setattr(common.Run, "log", told)
-    with pytest.raises(SystemExit) as left:
-        train("train_ppo_baseline", flags)
-    assert left.value.code == 128 + signal.SIGTERM
-    assert (tmp_path / "run_rm" / "config.json").exists() and not read_metrics(tmp_path / "run")
-
-
-def test_two_runs_in_one_folder(stopped, whole):
-    """Whatever the second one wants, while the first one lives; afterwards the folder is free."""
-    flags, folder = stopped
-    first = subprocess.Popen([sys.executable, "-c", "import fcntl, time;"
-                              f"f = open({str(folder / '.lock')!r}, 'a+'); fcntl.flock(f, fcntl.LOCK_EX);"
-                              "print('locked', flush=True); time.sleep(100)"], stdout=subprocess.PIPE)  # fmt: skip
-    first.stdout.readline()
-    before = sorted(path.name for path in folder.rglob("*"))
-    try:
-        for more in ({}, {"resume": ()}, {"overwrite": True}):
-            with pytest.raises(common.UserError, match="is in use by another run: choose another --output-dir"):
-                train("train_dvpo", flags, **more)
-        assert sorted(path.name for path in folder.rglob("*")) == before
-    finally:
-        first.kill()
-        first.wait()
-    train("train_dvpo", flags, resume=())  # a killed run holds no lock
-    assert_identical(whole("train_dvpo"), folder)
-
-
-def test_versions_are_recorded(stopped, monkeypatch, capsys):
-    flags, folder = stopped
-    state = json.loads((folder / "checkpoints" / "step_000006" / "state.json").read_text())
-    assert state["versions"]["torch"] == torch.__version__
-    monkeypatch.setattr(common, "versions", lambda: {"torch": "3.0"})
-    train("train_dvpo", flags, resume=())
-    assert "now {'torch': '3.0', 'ranks': 1}: results may differ" in capsys.readouterr().out
-    assert "torch 3.0" in (folder / "README.md").read_text()
+    (folder / "metrics.jsonl").unlink()  # whatever else is missing
+    with pytest.raises(common.UserError, match="holds an unfinished run"):
+        train("train_dvpo", flags)
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_000003", "step_000006"]
 
 
 # ---- Numbers ---------------------------------------------------------------------------------------------------------
@@ -655,53 +543,25 @@ def poisoned(monkeypatch, module, name, at, row):
 @pytest.mark.parametrize(
     "script, name, at, message",
     [
-        ("sft", "token_logprobs", 7, "update 5: the loss or its gradient is not finite \\(rank 0, rows \\d+\\)"),
+        ("sft", "token_logprobs", 7, "update 5: the loss or its gradient is not finite"),
         # One call held out after a quarter of the updates and one after half of them.
-        ("train_gvm", "token_values", 7, "update 5: the loss or its gradient is not finite \\(rank 0, rows \\d+\\)"),
+        ("train_gvm", "token_values", 7, "update 5: the loss or its gradient is not finite"),
         # Per update: old and reference log-probs, then four steps.
-        ("train_dvpo", "token_logprobs", 25, "update 5: log-probs or values are not finite \\(rank 0, rows \\d\\)"),
-        ("train_dvpo", "token_logprobs", 28, "update 5: the loss or its gradient is not finite \\(rank 0, rows"),
-        ("train_dvpo", "token_values", 5, "update 5: log-probs or values are not finite \\(rank 0, rows \\d\\)"),
-        ("train_ppo_baseline", "bradley_terry_loss", 5, "update 5: the loss or its gradient is not finite \\(rank 0, "),
+        ("train_dvpo", "token_logprobs", 25, "update 5: log-probs or values are not finite"),
+        ("train_dvpo", "token_logprobs", 28, "update 5: the loss or its gradient is not finite"),
+        ("train_dvpo", "token_values", 5, "update 5: log-probs or values are not finite"),
+        ("train_ppo_baseline", "bradley_terry_loss", 5, "update 5: the loss or its gradient is not finite"),
     ],
 )
 def test_what_is_not_finite_is_caught_before_the_step(script, name, at, message, settings, tmp_path, monkeypatch):
     flags = settings(script, tmp_path / "run")
-    with monkeypatch.context() as patch, pytest.raises(common.RunError, match=message):
+    with monkeypatch.context() as patch, pytest.raises(common.UserError, match=message):
         poisoned(patch, MODULES[script], name, at, 2)
         train(script, flags)
     folder = tmp_path / ("run_rm" if script == "train_ppo_baseline" else "run")
     assert len(read_metrics(folder)) == 4
-    train(script, flags, resume=())  # the last checkpoint is good
+    train(script, flags, resume=True)  # the last checkpoint is good
     assert len(read_metrics(folder)) == 8
-
-
-@pytest.mark.parametrize("micro_batch_size", [64, 2])
-@pytest.mark.parametrize("phase", ["score", "update"])
-def test_the_row_that_is_named_is_the_bad_one(phase, micro_batch_size, settings, tmp_path, monkeypatch):
-    """Row 5 of the third rollout, in whatever order it is computed."""
-    generate, token_logprobs, rollouts = train_dvpo.generate, train_dvpo.token_logprobs, []
-
-    def recorded(model, prompt_ids, prompt_mask, *rest):
-        response_ids, response_mask = generate(model, prompt_ids, prompt_mask, *rest)
-        rows = zip(prompt_ids, prompt_mask, response_ids, response_mask)
-        rollouts.append([p[m].tolist() + r[n].tolist() for p, m, r, n in rows])
-        return response_ids, response_mask
-
-    def spoilt(model, input_ids, attention_mask, *rest):
-        logprobs, entropy = token_logprobs(model, input_ids, attention_mask, *rest)
-        rows = [ids[mask].tolist() for ids, mask in zip(input_ids, attention_mask)]
-        if len(rollouts) == 3 and torch.is_grad_enabled() == (phase == "update") and rollouts[2][5] in rows:
-            spoil = torch.ones_like(logprobs)
-            spoil[rows.index(rollouts[2][5])] = torch.nan
-            logprobs = logprobs * spoil
-        return logprobs, entropy
-
-    recorded.__name__, spoilt.__name__ = "generate", "token_logprobs"
-    monkeypatch.setattr(train_dvpo, "generate", recorded)
-    monkeypatch.setattr(train_dvpo, "token_logprobs", spoilt)
-    with pytest.raises(common.RunError, match="update 3: .* \\(rank 0, rows 5\\)"):
-        train("train_dvpo", settings("train_dvpo", tmp_path / "run", micro_batch_size=micro_batch_size))
 
 
 def test_a_gradient_that_is_not_finite(settings, tmp_path, monkeypatch):
@@ -714,36 +574,29 @@ def test_a_gradient_that_is_not_finite(settings, tmp_path, monkeypatch):
         return value + torch.sqrt(zero.abs()), sums  # the slope of a root at 0
 
     monkeypatch.setattr(train_dvpo, "ppo_clip_loss", steep)
-    with pytest.raises(common.RunError, match="update 1: .*from the backward pass on"):
+    with pytest.raises(common.UserError, match="update 1: the loss or its gradient is not finite"):
         train("train_dvpo", settings("train_dvpo", tmp_path / "run"))
 
 
 @pytest.mark.parametrize("script", ["train_dvpo", "train_ppo_baseline"])
 def test_a_collapsed_policy_stops_the_run(script, settings, tmp_path):
     flags = settings(script, tmp_path / "run", learning_rate=0.05, kl_coef=0.0, kl_target=None, max_kl=0.5)
-    with pytest.raises(common.RunError, match=r"update \d: .* nats per answer to the reference, above --max-kl"):
+    with pytest.raises(common.UserError, match=r"update \d: .* nats per answer to the reference are above --max-kl"):
         train(script, flags)
-    train(script, flags, resume=(), max_kl=1e9)  # it may be told to go on
+    train(script, flags, resume=True, max_kl=1e9)  # it may be told to go on
     assert len(read_metrics(tmp_path / "run")) == 8
 
 
-@pytest.mark.parametrize(
-    "function, says",
-    [("generate", "out of memory while sampling: lower --rollout-micro-batch-size"),
-     ("ppo_clip_loss", "out of memory while computing a batch: lower --micro-batch-size"),
-     ("shard", "out of memory while loading the models: use more processes"),
-     ("from_pretrained", "out of memory while loading the models: use more processes")],
-)  # fmt: skip
-def test_out_of_memory_says_what_to_lower(function, says, settings, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("function", ["generate", "ppo_clip_loss", "shard"])
+def test_out_of_memory_says_what_to_lower(function, settings, tmp_path, monkeypatch, capsys):
     def greedy(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
 
-    greedy.__name__, greedy.__code__ = function, greedy.__code__.replace(co_name=function)
-    where = transformers.AutoModelForCausalLM if function == "from_pretrained" else train_dvpo
-    monkeypatch.setattr(where, function, greedy)
+    greedy.__name__ = function
+    monkeypatch.setattr(train_dvpo, function, greedy)
     with pytest.raises(SystemExit) as left, common.one_line_errors():
         train("train_dvpo", settings("train_dvpo", tmp_path / "run"))
-    assert left.value.code == 1 and capsys.readouterr().err.startswith(f"error: {says}")
+    assert left.value.code == 1 and capsys.readouterr().err.startswith("error: out of memory: lower --micro-batch-size")
 
 
 def test_the_first_updates_are_the_widest(settings, tmp_path, monkeypatch):
@@ -783,7 +636,7 @@ def test_a_lost_process_is_reported_once(settings, tmp_path):
 def test_a_silent_process_is_given_up(settings, tmp_path):
     """One of two hangs without dying; here it wakes up again, so that torchrun need not wait to kill it."""
     patch = (
-        "common.TIMEOUT = common.timedelta(seconds=15)\n"
+        "import datetime; common.timedelta = lambda minutes: datetime.timedelta(seconds=15)\n"
         "def hang():\n"
         "    if rank == 1:\n"
         "        import subprocess\n"
@@ -793,13 +646,13 @@ def test_a_silent_process_is_given_up(settings, tmp_path):
     )
     result = launch("train_dvpo", settings("train_dvpo", tmp_path / "run"), patch, tmp_path, ranks=2)
     assert result.returncode != 0
-    assert len(errors(result)) == 1 and errors(result)[0].startswith("error: lost another process"), errors(result)
+    assert errors(result) and all(line.startswith("error: lost another process") for line in errors(result))
     assert len(read_metrics(tmp_path / "run")) == 5  # rank 0 had finished this update
 
 
 def test_the_first_error_is_the_one_that_is_told(settings, tmp_path):
     """Rank 1 alone has a bad row; rank 0 only notices that it is gone."""
-    patch = "at_update(5, lambda: rank == 1 and fail(common.RunError('row 3 is bad')))"
+    patch = "at_update(5, lambda: rank == 1 and fail(common.UserError('row 3 is bad')))"
     result = launch("train_dvpo", settings("train_dvpo", tmp_path / "run"), patch, tmp_path, ranks=2)
     assert result.returncode != 0 and errors(result) == ["error: row 3 is bad"]
 
@@ -812,7 +665,7 @@ def test_numbers_of_one_rank_stop_all_alike(settings, tmp_path):
     )
     result = launch("train_dvpo", settings("train_dvpo", tmp_path / "run"), patch, tmp_path, ranks=2)
     assert len(errors(result)) == 1
-    assert "update 1: log-probs or values are not finite (rank 1, rows 4, 5, 6, 7)" in errors(result)[0]
+    assert "update 1: log-probs or values are not finite" in errors(result)[0]
 
 
 def test_a_bug_shows_its_traceback_once(settings, tmp_path):
@@ -821,6 +674,7 @@ def test_a_bug_shows_its_traceback_once(settings, tmp_path):
     assert result.stderr.count("KeyError: 'bug'") == 1 and not errors(result)
 
 
+@pytest.mark.slow
 def test_two_machines(settings, tmp_path):
     """Two torchrun agents on loopback, hybrid sharding, one folder."""
     flags = settings("train_dvpo", tmp_path / "run", dp_replicate=2, num_updates=3)

@@ -2,6 +2,7 @@
 
 import json
 
+import lists
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ TEXT = st.one_of(
     st.text(st.characters(categories=["Cs", "L"]), max_size=3),  # halves of characters among them
 )
 JSON = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(-9, 9), st.just(10**400), st.floats(), TEXT),
+    st.one_of(st.none(), st.booleans(), st.integers(-9, 9), st.floats(), TEXT),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXT, inner, max_size=3)),
     max_leaves=6,
 )
@@ -31,7 +32,7 @@ COLUMNS = ["prompt", "chosen", "rejected", "response", "completions", "score", "
 ROW = st.dictionaries(
     st.one_of(st.sampled_from(COLUMNS), st.text(max_size=3)), st.one_of(TEXT, MESSAGES, RATED, JSON), max_size=6
 )
-WHOLE_TEXT = TEXT.filter(lambda text: text.strip() and not common.SURROGATE.search(text))
+WHOLE_TEXT = TEXT.filter(lambda text: text.strip() and text.isprintable())
 NEEDS = st.sampled_from(["prompts", "answers", "pairs", "scores"])
 
 
@@ -109,7 +110,7 @@ def test_files_of_any_bytes(tmp_path, content, name):
        limit=st.integers(1, 8))  # fmt: skip
 def test_masks_cover_the_answer_and_nothing_else(rows, limit):
     """Row by row, what is masked is the answer with its end, cut to the limit; before it stands the prompt, whole."""
-    tokenizer = common.toy_tokenizer()
+    tokenizer = lists.model()[1]
     rows = [("list two animals", "dog and cow."), *rows]  # one at least is left
     examples = [common.Example([{"role": "user", "content": prompt}], answer) for prompt, answer in rows]
     examples, prompts = common.fit_prompts(tokenizer, examples, 999)

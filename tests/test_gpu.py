@@ -1,6 +1,7 @@
 """What a GPU alone can show, at tiny sizes: `GPU_TESTS=1 pytest tests/test_gpu.py`."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -52,25 +53,20 @@ def test_a_graph_samples_as_single_steps_do(tiny_model, monkeypatch):
     prompts = torch.randint(3, 50, (16, 9), device=device)
     mask = torch.arange(9, device=device) >= torch.arange(16, device=device)[:, None] % 7  # (16, 9)
     rollout = lambda: policy.generate(prompts, mask, uniforms, torch.tensor([1], device=device), 0, 1.0)
-    replays, record, static = [], common.cuda_graph, common.key_value_cache
-
-    def counted(step):
-        replay = record(step)
-        return lambda: replays.append(replay())
-
-    monkeypatch.setattr(common, "cuda_graph", counted)
+    recorded_steps, replayed, static = [], train_dvpo.replayed, train_dvpo.key_value_cache
+    monkeypatch.setattr(train_dvpo, "replayed", lambda step, inputs: recorded_steps.append(1) or replayed(step, inputs))
     for _ in range(2):
         uniforms = torch.rand(16, 20, device=device)
-        monkeypatch.setattr(common, "key_value_cache", static)
+        monkeypatch.setattr(train_dvpo, "key_value_cache", static)
         recorded = rollout()
-        monkeypatch.setattr(common, "key_value_cache", lambda model, _: DynamicCache(config=model.config))
+        monkeypatch.setattr(train_dvpo, "key_value_cache", lambda model, _: DynamicCache(config=model.config))
         assert all(map(torch.equal, rollout(), recorded))
         ids, answer_mask = recorded
         batch = torch.cat([prompts, ids], 1), torch.cat([mask, answer_mask], 1), answer_mask
         policy.token_logprobs(*batch, 1.0)[0].sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert len(replays) > 2
+    assert len(recorded_steps) == 2
 
 
 def run(*arguments):
@@ -107,7 +103,8 @@ def test_dvpo_runs_in_bf16(tmp_path, tiny_model):
     first = read_metrics(at("dvpo"))[0]
     assert abs(first["objective/kl"]) < 0.1 and first["val/ratio"] == pytest.approx(1, abs=0.05)
     before = load_weights(at("dvpo"))
-    (at("dvpo") / "config.json").unlink()  # as if it had been killed
-    run(*dvpo, "--output-dir", at("dvpo"), "--resume", at("dvpo") / "checkpoints" / "step_000002")
+    (at("dvpo") / "README.md").unlink()  # as if it had been killed
+    shutil.rmtree(at("dvpo") / "checkpoints" / "step_000004")
+    run(*dvpo, "--output-dir", at("dvpo"), "--resume")
     for name, weight in load_weights(at("dvpo")).items():
         torch.testing.assert_close(weight, before[name])

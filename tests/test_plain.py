@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import load_weights, read_metrics
+from conftest import load_weights, read_metrics, task_examples
 from torch.nn.functional import logsigmoid
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import common
 import sft
@@ -23,7 +23,8 @@ def logprobs_of(model, prompt, answer, temperature=1.0):
 
 
 def values_of(model, prompt, answer):
-    return model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 :, 0]
+    hidden = model.model(torch.tensor([prompt + answer])).last_hidden_state
+    return model.score(hidden)[0, len(prompt) - 1 :, 0]
 
 
 def sampled(model, prompt, uniforms, temperature):
@@ -68,7 +69,7 @@ def test_policy_updates(method, tiny_model, tiny_gvm, tmp_path):
     module = train_dvpo if dvpo else train_ppo_baseline
     ppo = {"reward_path": tiny_gvm, "reward_batch_size": 3, "missing_eos_penalty": 0.7}  # the 3 is not used: no error
     more = {"gvm_path": tiny_gvm} if dvpo else ppo
-    judge, critic = (AutoModelForTokenClassification.from_pretrained(tiny_gvm) for _ in range(2))
+    judge, critic = (AutoModelForSequenceClassification.from_pretrained(tiny_gvm) for _ in range(2))
     if method.endswith("its own"):
         more["critic_path"] = str(tmp_path / "critic")
         with torch.no_grad():
@@ -85,7 +86,7 @@ def test_policy_updates(method, tiny_model, tiny_gvm, tmp_path):
     policy, reference = (AutoModelForCausalLM.from_pretrained(tiny_model) for _ in range(2))
     optimizer = torch.optim.AdamW(policy.parameters(), eps=1e-5, weight_decay=0.0)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), eps=1e-5, weight_decay=0.0)
-    prompts = list(dict.fromkeys(str(e.prompt[0]["content"]) for e in common.toy_examples()[0]))
+    prompts = list(dict.fromkeys(str(e.prompt[0]["content"]) for e in task_examples()))
     prompts = [common.tokenize_prompt(tokenizer, [{"role": "user", "content": text}]) for text in prompts]
     B, kl_coef, clipped_tokens, unfinished = args.rollout_batch_size, args.kl_coef, 0, 0
     for update, metrics in enumerate(read_metrics(args.output_dir), 1):
@@ -153,7 +154,7 @@ def test_policy_updates(method, tiny_model, tiny_gvm, tmp_path):
 @pytest.fixture
 def pairs(tmp_path) -> str:
     rows = [{"prompt": e.prompt, "chosen": e.chosen, "rejected": e.rejected, "score_chosen": e.score_chosen,
-             "score_rejected": e.score_rejected} for e in common.toy_examples()[0][:60]]  # fmt: skip
+             "score_rejected": e.score_rejected} for e in task_examples()[:60]]  # fmt: skip
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(tmp_path / "pairs.jsonl")
 
@@ -196,7 +197,7 @@ def test_gvm_updates(label_source, tiny_model, tiny_gvm, pairs, tmp_path):
                           warmup_fraction=0.0, td_lambda=0.9, bt_coef=0.5, max_grad_norm=0.5, learning_rate=4e-3,
                           num_epochs=1, label_source=label_source)  # fmt: skip
     train_gvm.main(args)
-    gvm, start = (AutoModelForTokenClassification.from_pretrained(tiny_gvm) for _ in range(2))
+    gvm, start = (AutoModelForSequenceClassification.from_pretrained(tiny_gvm) for _ in range(2))
     tokenizer, (examples, heldout) = common.load_tokenizer(tiny_model), common.load_examples(pairs, "scores")
     rows = tokens(tokenizer, examples, "chosen", "rejected")
     labels = torch.tensor([1.0, -1.0] * len(examples))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import common
+import evaluate
 import train_dvpo
 import train_gvm
 import train_ppo_baseline
@@ -215,7 +216,7 @@ def test_bradley_terry_by_hand():
 
 def test_token_statistics_by_hand():
     values, mask = torch.tensor([[9.0, 1.0, 2.0, 3.0, 7.0]]), torch.tensor([[True, True, True, False]])
-    statistics = {name: x.item() for name, x in common.token_statistics(values, mask).items()}
+    statistics = {name: x.item() for name, x in evaluate.token_statistics(values, mask).items()}
     assert (statistics["mean"], statistics["last"], statistics["at_0"], statistics["at_1"]) == (2, 3, 9, 3)
     assert (statistics["at_0.25"], statistics["at_0.5"], statistics["at_0.75"]) == (1, 2, 2)
     assert (statistics["p10"], statistics["p90"]) == pytest.approx((1.2, 2.8))
@@ -223,17 +224,17 @@ def test_token_statistics_by_hand():
 
 def test_explained_variance_by_hand():
     actual = torch.tensor([0.0, 2.0, 4.0])
-    assert common.explained_variance(torch.tensor([5.0, 7.0, 9.0]), actual) == 1  # a constant error explains no less
-    assert common.explained_variance(torch.tensor([0.0, 1.0, 2.0]), actual) == pytest.approx(0.75)
-    assert common.explained_variance(actual, torch.ones(3)) == 0
+    assert evaluate.explained_variance(torch.tensor([5.0, 7.0, 9.0]), actual) == 1  # a constant error explains no less
+    assert evaluate.explained_variance(torch.tensor([0.0, 1.0, 2.0]), actual) == pytest.approx(0.75)
+    assert evaluate.explained_variance(actual, torch.ones(3)) == 0
 
 
 def test_value_report_by_hand():
     """Two pairs: one ranked rightly at the end, one wrongly."""
     values = torch.tensor([[0.0, 0.5, 1.0], [0.0, 0.5, -1.0], [0.0, 0.0, 0.1], [0.0, 0.4, 0.2]])
     mask = torch.ones(4, 2, dtype=torch.bool)
-    report = common.value_report(
-        common.token_statistics(values, mask), torch.tensor([1.0, -1.0, 1.0, -1.0]), torch.tensor([[0, 1], [2, 3]])
+    report = evaluate.value_report(
+        evaluate.token_statistics(values, mask), torch.tensor([1.0, -1.0, 1.0, -1.0]), torch.tensor([[0, 1], [2, 3]])
     )
     assert report["pair_accuracy"]["last"] == 0.5
     assert report["pair_accuracy"]["mean"] == 0.5

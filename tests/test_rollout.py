@@ -117,18 +117,18 @@ def test_a_recorded_step_samples_as_single_steps_do(processes, tiny_model, monke
     policy = train_dvpo.add_methods(policy, train_dvpo.generate)
     uniforms = torch.rand(3, 12, generator=torch.Generator().manual_seed(4))
     growing = rollout(policy, PROMPTS, uniforms, end=-1)
-    recorder = Recorder()
+    recorder, uses = Recorder(), []
 
-    def record(step):
-        with recorder:
-            step()
-        # On a GPU recording does nothing yet; here it has done the step, so the first replay must not do it again.
-        replays = iter([lambda: None])
-        return lambda: next(replays, recorder.replay)()
+    class Graph:
+        def replay(self):  # on a GPU recording does nothing yet; here it has done the step, so the first does nothing
+            uses.append(1)
+            if len(uses) > 1:
+                recorder.replay()
 
     static = lambda model, length: StaticCache(model.config, max_cache_len=length)
-    monkeypatch.setattr(common, "key_value_cache", static)
-    monkeypatch.setattr(common, "cuda_graph", record)
+    monkeypatch.setattr(train_dvpo, "key_value_cache", static)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, capture_error_mode: recorder)
     assert all(map(torch.equal, rollout(policy, PROMPTS, uniforms, end=-1), growing)) and recorder.replays == 9
 
 
@@ -149,7 +149,7 @@ def test_a_graph_is_only_made_of_steps_that_are_alike(config, kind, monkeypatch)
     config = AutoConfig.for_model(**config)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
-    assert type(common.key_value_cache(model, 32)) is kind
+    assert type(train_dvpo.key_value_cache(model, 32)) is kind
 
 
 class CollectiveCount(TorchDispatchMode):
