@@ -114,7 +114,6 @@ def init_processes() -> torch.device:
             store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
         # torchrun keeps one store over its restarts
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
-    # The timeout is of a process that stays silent.
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=10))
     return device
 
@@ -155,8 +154,7 @@ def rows_of_rank(count: int) -> list[int]:
 
 def check_finite(update: int, what: str, numbers: torch.Tensor) -> None:
     """Stop before an optimizer step, by a `UserError`, when `numbers`, the same on all ranks, are not all finite."""
-    check(numbers.isfinite().all(), f"update {update}: {what} not finite; no step was made of it. Is the learning rate "
-          "too high, or a model damaged?")  # fmt: skip
+    check(numbers.isfinite().all(), f"update {update}: {what} not finite; no step was made of it: lower --learning-rate?")
 
 
 def clock(device: torch.device) -> float:
@@ -195,10 +193,7 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 # ---- Return-to-go ----------------------------------------------------------------------------------------------------
 def discounted_sums(x: torch.Tensor, decay: float) -> torch.Tensor:
-    """`S_t = sum over u >= t of decay^(u - t) x_u`, for `x (B, N)`; returns `(B, N)`.
-
-    One product with a triangular matrix: no loop over time, but some N^2 numbers (64 MB each at N = 4,096).
-    """
+    """`S_t = sum over u >= t of decay^(u - t) x_u` of `x (B, N)`, `(B, N)`: no loop, but one product of N^2 numbers."""
     steps = torch.arange(x.shape[1], dtype=x.dtype, device=x.device)
     ahead = (steps[:, None] - steps).clamp_(min=0)  # (N, N) u - t, with u along the rows
     return x @ (decay**ahead).tril_()
@@ -412,7 +407,7 @@ def to_examples(rows, dataset: str, needs: str) -> list[Example]:
             examples += fresh
         except UserError as error:
             dropped[str(error)] += 1
-        except (KeyError, TypeError, AttributeError, UnicodeEncodeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             dropped[f"malformed row, or a null ({type(error).__name__}: {error})"] += 1
     log(f"dataset {dataset}: {kind} ({', '.join(found)}), {len(rows)} rows, {len(examples)} examples")
     reasons = "; ".join(f"{count} x {reason}" for reason, count in dropped.most_common())
@@ -432,8 +427,6 @@ def check_example(example: Example, needs: str) -> None:
     check(not answers or example.chosen != example.rejected, "chosen and rejected are identical")
     scores = [example.score_chosen] if example.rejected is None else [example.score_chosen, example.score_rejected]
     check(needs != "scores" or None not in scores, "no score")
-    # JSON may hold half of a character, cut in UTF-16; a tokenizer refuses it, and so does this.
-    "".join([text for message in example.prompt for text in message.values()] + [a for a in answers]).encode()
 
 
 # ---- Tokens ----------------------------------------------------------------------------------------------------------
@@ -522,10 +515,9 @@ def tokenize_answers(tokenizer, answers: list[str], max_length: int) -> list[lis
 
 
 def fit_prompts(tokenizer, examples: list[Example], max_length: int, heldout: bool = False):
-    """Examples whose prompt has at most `max_length` tokens, and the tokens of each prompt; counts the others.
+    """Examples whose prompt has at most `max_length` tokens, and those tokens; of held-out ones none need be left.
 
-    A prompt with a control token in its text is left out, too: it could end a turn, or speak in another role. Only of
-    held-out examples none need be left.
+    A prompt with a control token in its text is left out, too: it could end a turn, or speak in another role.
     """
     controls = re.compile("|".join(map(re.escape, tokenizer.convert_ids_to_tokens(list(control_ids(tokenizer))))))
     known, kept, tokens, dropped = {}, [], [], Counter()
@@ -569,12 +561,11 @@ def pad_batch(prompts, responses, pad_id: int, device, widths: tuple[int, int] =
     """
     prompt_ids, prompt_mask = pad(prompts, pad_id, "left", widths[0])
     response_ids, response_mask = pad(responses, pad_id, "right", widths[1])
-    batch = {
-        "input_ids": torch.cat([prompt_ids, response_ids], 1),
-        "attention_mask": torch.cat([prompt_mask, response_mask], 1),
-        "response_mask": response_mask,
+    return {
+        "input_ids": torch.cat([prompt_ids, response_ids], 1).to(device),
+        "attention_mask": torch.cat([prompt_mask, response_mask], 1).to(device),
+        "response_mask": response_mask.to(device),
     }
-    return {key: tensor.to(device) for key, tensor in batch.items()}
 
 
 def crop(input_ids, attention_mask, response_mask):
@@ -590,10 +581,7 @@ def by_length(rows: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
 
 
 def shuffled_batch(size: int, step: int, batch_size: int, seed: int) -> list[int]:
-    """Indices of batch `step` (from 1) of an endless walk through `size` rows, shuffled anew each pass.
-
-    A function of its arguments alone: every rank and every resumed run sees the same order.
-    """
+    """Indices of batch `step` (from 1) of an endless walk through `size` rows, shuffled anew in each pass by `seed`."""
     start = (step - 1) * batch_size
     first, last = start // size, (start + batch_size - 1) // size
     seeds = [torch.Generator().manual_seed(seed * 1_000_003 + p) for p in range(first, last + 1)]
@@ -607,10 +595,7 @@ def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
 
 
 def draw_trajectories(rng: random.Random, pool: list[Trajectory], prompt_ids: list[int], k: int) -> list[Trajectory]:
-    """`k` trajectories of one policy from `pool`, all on prompts other than `prompt_ids`, so none can leak its answer.
-
-    Fewer where the pool hardly has other prompts.
-    """
+    """At most `k` trajectories from one policy's `pool`, none of them on `prompt_ids`: none can leak its answer."""
     drawn = rng.sample(pool, min(len(pool), 8 + k))
     return [trajectory for trajectory in drawn if trajectory[0] != prompt_ids][:k]
 
@@ -654,10 +639,7 @@ def load_config(path: str):
 
 
 def load_policy(path: str, tokenizer, dtype: torch.dtype):
-    """A causal language model whose log-probs are `log_softmax(hidden @ head.T / temperature)`, nothing more.
-
-    Raises `UserError` for heads that scale, cap or shift their logits, or that are smaller than the tokenizer.
-    """
+    """A causal language model whose log-probs are `log_softmax(hidden @ head.T / temperature)`, nothing more."""
     task = load_task(path)
     if task:
         model = transformers.AutoModelForCausalLM.from_config(task.model()[0], dtype=dtype)
@@ -689,8 +671,7 @@ def load_policy(path: str, tokenizer, dtype: torch.dtype):
 def load_value_model(path: str, tokenizer, dtype: torch.dtype, fresh_head: bool):
     """A sequence classifier whose bias-free `score` head of width 1 is read at every token: GVM, critic, reward model.
 
-    `fresh_head` starts the head at zero where the checkpoint has none (a language model); without it there must be one.
-    Raises `UserError` for architectures without such a head, a wrong width, or a missing head.
+    `fresh_head` starts the head at zero where the checkpoint has none (a language model); else one must be there.
     """
     config, auto_class = load_config(path), transformers.AutoModelForSequenceClassification
     known = type(config) in auto_class._model_mapping
@@ -750,8 +731,7 @@ class Run:
         check(ours, f"--output-dir {self.folder} holds other files than a run's: choose another")
         self.finished = (self.folder / "README.md").exists()
         kind = "a finished" if self.finished else "an unfinished"
-        ways = "--resume it, remove it, or choose another"
-        check(self.args.resume, f"--output-dir {self.folder} holds {kind} run: {ways}")
+        check(self.args.resume, f"--output-dir {self.folder} holds {kind} run: --resume or remove it")
         file = self.folder / "args.json"
         with user_errors((OSError, ValueError, TypeError), f"{file}: cannot be read, so the run cannot go on"):
             before, now = dict(json.loads(file.read_text())), json.loads(json.dumps(asdict(self.args)))
@@ -886,9 +866,8 @@ class Run:
             ranks = dist.get_world_size()
             command = f"torchrun --nproc_per_node {ranks} " if ranks > 1 else "python "
             (self.folder / "README.md").write_text(
-                f"# {title}\n\nMade by\n\n```\n{command}{shlex.join(sys.argv)}\n```\n\nwith torch {torch.__version__} "
-                f"and transformers {transformers.__version__}, in an implementation of arXiv:2502.16944 and its "
-                "baseline. Settings: `args.json`; every update: `metrics.jsonl`.\n",
+                f"# {title}\n\nMade by\n\n```\n{command}{shlex.join(sys.argv)}\n```\n\nas in arXiv:2502.16944, with "
+                f"torch {torch.__version__}, transformers {transformers.__version__}; metrics: `metrics.jsonl`.\n",
                 encoding="utf-8",
             )
             log(f"saved {self.folder} after {time.time() - self.started:.0f} s")

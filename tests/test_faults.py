@@ -399,7 +399,7 @@ def test_a_finished_run_is_not_overwritten(settings, tmp_path, capsys):
     flags = settings("sft", tmp_path / "run")
     train("sft", flags)
     before = (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns
-    with pytest.raises(common.UserError, match="holds a finished run: --resume it, remove it, or choose another"):
+    with pytest.raises(common.UserError, match="holds a finished run: --resume or remove it"):
         train("sft", flags)
     train("sft", flags, resume=True)
     assert "is finished already" in capsys.readouterr().out
@@ -514,7 +514,7 @@ def test_copies_beside_the_checkpoints_are_safe(stopped, whole):
 
 def test_an_unfinished_run_is_not_started_again_by_chance(stopped):
     flags, folder = stopped
-    with pytest.raises(common.UserError, match="holds an unfinished run: --resume it, remove it, or choose another"):
+    with pytest.raises(common.UserError, match="holds an unfinished run: --resume or remove it"):
         train("train_dvpo", flags)
     (folder / "metrics.jsonl").unlink()  # whatever else is missing
     with pytest.raises(common.UserError, match="holds an unfinished run"):
