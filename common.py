@@ -154,7 +154,7 @@ def rows_of_rank(count: int) -> list[int]:
 
 def check_finite(update: int, what: str, numbers: torch.Tensor) -> None:
     """Stop before an optimizer step, by a `UserError`, when `numbers`, the same on all ranks, are not all finite."""
-    check(numbers.isfinite().all(), f"update {update}: {what} not finite; no step was made of it: lower --learning-rate?")
+    check(numbers.isfinite().all(), f"update {update}: {what} not finite, so no step was made: lower --learning-rate?")
 
 
 def clock(device: torch.device) -> float:

@@ -207,10 +207,7 @@ def reader(model, prompt_mask, R: int):
 
 # Copied from train_dvpo.replayed
 def replayed(step, inputs):
-    """A function that does what `step(*inputs)` does with other tensors of these shapes, as one CUDA graph.
-
-    One by one, the hundreds of kernels of a decoding step take longer to launch than to run.
-    """
+    """`step`, for tensors of the shapes of `inputs`, as a CUDA graph: its many launches take longer than the work."""
     inputs, graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's threads may go on meanwhile
         output = step(*inputs)
@@ -230,10 +227,9 @@ CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else 
 
 # Copied from train_dvpo.key_value_cache
 def key_value_cache(model, length: int) -> DynamicCache | StaticCache:
-    """An empty cache for `length` tokens: a static one where `replayed` can repeat the model's step for one token.
+    """An empty cache for `length` tokens: a static one on a GPU, where `replayed` can repeat a model's step.
 
-    That is on a GPU, where nothing is left for Python to decide or count: no sliding window, no rotary scale that
-    depends on the length, no choice of experts, and a plain mask of SDPA.
+    That is where Python decides nothing in it: no sliding window, no scaled positions, no experts, a plain SDPA mask.
     """
     config, rope = model.config, getattr(model.config, "rope_parameters", None) or {}
     plain = model._can_compile_fullgraph and config._attn_implementation == "sdpa"

@@ -359,10 +359,7 @@ def reader(model, prompt_mask, R: int):
 
 
 def replayed(step, inputs):
-    """A function that does what `step(*inputs)` does with other tensors of these shapes, as one CUDA graph.
-
-    One by one, the hundreds of kernels of a decoding step take longer to launch than to run.
-    """
+    """`step`, for tensors of the shapes of `inputs`, as a CUDA graph: its many launches take longer than the work."""
     inputs, graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's threads may go on meanwhile
         output = step(*inputs)
@@ -381,10 +378,9 @@ CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else 
 
 
 def key_value_cache(model, length: int) -> DynamicCache | StaticCache:
-    """An empty cache for `length` tokens: a static one where `replayed` can repeat the model's step for one token.
+    """An empty cache for `length` tokens: a static one on a GPU, where `replayed` can repeat a model's step.
 
-    That is on a GPU, where nothing is left for Python to decide or count: no sliding window, no rotary scale that
-    depends on the length, no choice of experts, and a plain mask of SDPA.
+    That is where Python decides nothing in it: no sliding window, no scaled positions, no experts, a plain SDPA mask.
     """
     config, rope = model.config, getattr(model.config, "rope_parameters", None) or {}
     plain = model._can_compile_fullgraph and config._attn_implementation == "sdpa"
@@ -440,7 +436,7 @@ def main(args: Args) -> None:
 
     trained = [(policy, optimizer, scheduler)]
     data = common.fingerprint(all_prompts, args.model_path, args.gvm_path)
-    done, carried = run.start(trained, args.num_updates, data, kl_coef=args.kl_coef, usual_surprise=None, warned=False)
+    done, carried = run.start(trained, args.num_updates, data, kl_coef=args.kl_coef, usual_surprise=None)
     B, longest_prompt = args.rollout_batch_size, max(map(len, all_prompts))
     longest_gvm_prompt = longest_prompt + num_trajectories * trajectory_length
     mine = torch.arange(B).chunk(world_size)[rank]  # the rows this rank rolls out and scores
@@ -532,8 +528,6 @@ def main(args: Args) -> None:
             optimizer.zero_grad()
             if args.max_approx_kl is not None and steps[-1][1] > args.max_approx_kl:  # [1]: approxkl
                 break
-        lr = scheduler.get_last_lr()[0]
-        scheduler.step()
         time_update = common.clock(device) - start
 
         # ---- 7 Log ---------------------------------------------------------------------------------------------------
@@ -561,7 +555,7 @@ def main(args: Args) -> None:
             "val/ratio_var": ratio_squared - ratio**2,
             "val/response_length": lengths.float().mean().item(),
             "val/eos_rate": ended.float().mean().item(),
-            "optim/lr": lr,
+            "optim/lr": scheduler.get_last_lr()[0],
             "optim/grad_norm": grad_norm,
             "time/rollout": time_rollout,
             "time/score": time_score,
@@ -570,6 +564,7 @@ def main(args: Args) -> None:
             "time/tokens_per_sec": lengths.sum().item() / seconds,
             "time/peak_mem_gb": common.peak_memory_gb(device),
         }
+        scheduler.step()
         # Decoding is slow: all answers where they are scored, else those that may be shown.
         needed = zip(response_ids[: B if exact_score else 3], response_mask)
         texts = [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in needed]
@@ -583,12 +578,9 @@ def main(args: Args) -> None:
                 common.log(f"    score {score:+.2f}  {prompt[-1]['content'][-200:]!r} -> {text[:300]!r}")
             if metrics["val/eos_rate"] < 0.5:
                 common.log(f"    {1 - metrics['val/eos_rate']:.0%} of the answers were cut: raise --response-length?")
-        if off_support > 0.5 and not carried.warned:
-            carried.warned = True
-            common.log(
-                f"warning: {off_support:.0%} of the answers surprise the reference more than 95 % of its own:"
-                " the GVM has seen nothing like them: raise --kl-coef"
-            )
+            if off_support > 0.5:
+                common.log(f"warning: {off_support:.0%} of the answers surprise the reference more than 95 % of its "
+                           "own: the GVM has seen nothing like them; raise --kl-coef")  # fmt: skip
         if args.kl_target is not None:  # Section 2.2 of arXiv:1909.08593: proportional control, at most 2 % per update
             carried.kl_coef *= 1 + 0.1 * min(max(sequence_kl / args.kl_target - 1, -0.2), 0.2)
         common.check(sequence_kl <= args.max_kl, f"update {update}: {sequence_kl:.0f} nats per answer to the reference "
