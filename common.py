@@ -7,13 +7,13 @@ model's output is `values (B, R + 1)`: column 0 is V(s_1), column t is Q(s_t, a_
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import math
 import os
 import random
 import re
 import resource
+import runpy
 import shlex
 import shutil
 import signal
@@ -26,7 +26,6 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import jinja2
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -49,11 +48,11 @@ def check(condition, message: str) -> None:
 
 @contextlib.contextmanager
 def user_errors(kinds, message: str):
-    """Turn errors of `kinds` into a `UserError`: `message` and, in brackets, the first line of what they say."""
+    """Turn errors of `kinds` into a `UserError`: `message` and, in brackets, what they say."""
     try:
         yield
     except kinds as error:
-        cause = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
+        cause = " ".join(str(error.__cause__ or error).split())[:300] or type(error).__name__
         raise UserError(f"{message} ({cause})") from error
 
 
@@ -96,15 +95,14 @@ def one_line_errors():
         sys.exit(2 if isinstance(error, UserError) else 1)
 
 
-def init_processes() -> torch.device:
-    """Join the process group and return this rank's device: nccl on GPUs, gloo on CPUs, also for a single process."""
+def init_processes(dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
+    """Join the process group, also for a single process; returns this rank's device, and `dtype`: bfloat16 on a GPU."""
     transformers.logging.set_verbosity_error()  # what matters of a model's load report is checked below
     transformers.logging.disable_progress_bar()
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "cpu:gloo,cuda:nccl"
-        count = torch.cuda.device_count()
-        check(device.index < count, f"--nproc_per_node: process {device.index + 1}, but only {count} GPUs")
+        check(device.index < torch.cuda.device_count(), "--nproc_per_node: more processes than GPUs")
         torch.cuda.set_device(device)
         # The first choice on an H100, and under a padding mask its gradients can be NaN (pytorch/pytorch#196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -115,7 +113,8 @@ def init_processes() -> torch.device:
         # torchrun keeps one store over its restarts
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=10))
-    return device
+    auto = "bfloat16" if device.type == "cuda" else "float32"
+    return device, getattr(torch, auto if dtype == "auto" else dtype)
 
 
 def end_processes() -> None:
@@ -185,12 +184,6 @@ def check_settings(args) -> None:
             check(right, f"--{name.replace('_', '-')} {value} must be {bound}")
 
 
-def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU and float32 on a CPU."""
-    auto = "bfloat16" if device.type == "cuda" else "float32"
-    return getattr(torch, auto if name == "auto" else name)
-
-
 # ---- Return-to-go ----------------------------------------------------------------------------------------------------
 def discounted_sums(x: torch.Tensor, decay: float) -> torch.Tensor:
     """`S_t = sum over u >= t of decay^(u - t) x_u` of `x (B, N)`, `(B, N)`: no loop, but one product of N^2 numbers."""
@@ -200,11 +193,10 @@ def discounted_sums(x: torch.Tensor, decay: float) -> torch.Tensor:
 
 
 def td_lambda_returns(values, rewards, mask, gamma: float, lam: float) -> torch.Tensor:
-    """TD(lambda) targets of a token-level value model; at `lam` = 0 the paper's, arXiv:2502.16944v2.
+    """TD(lambda) targets of a token-level value model: `lam` = 0 is one-step TD, the paper's, and 1 Monte Carlo.
 
-    `values (B, R + 1)`, `rewards (B, R)` with r_t on its token, `mask (B, R)` True on response tokens; returns
-    `(B, R + 1)`, zero after the last token. `lam` = 0 is one-step TD, 1 is Monte Carlo. With T the last token:
-    `G_T = r_T`, `G_t = r_t + gamma ((1 - lam) values_{t+1} + lam G_{t+1})`, and r_0 = 0 at the last prompt token.
+    `values (B, R + 1)`, `rewards (B, R)`, `mask (B, R)` True on response tokens; returns `(B, R + 1)`, zero after the
+    last token T: `G_T = r_T`, `G_t = r_t + gamma ((1 - lam) values_{t+1} + lam G_{t+1})`, r_0 = 0 at the prompt.
     """
     zero = values.new_zeros(len(values), 1)
     rewards = rewards.masked_fill(~mask, 0.0)
@@ -242,16 +234,13 @@ def last_values(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 # ---- Tasks: what can be scored exactly is one Python file ------------------------------------------------------------
 def load_task(path: str):
-    """The task file `path` as a module, None where `path` names anything else; tests/tasks/lists.py shows its shape."""
+    """What the task file `path` defines; None where `path` names anything else. See tests/tasks/lists.py."""
     if not path.endswith(".py"):
         return None
     places = Path(path).expanduser(), Path(__file__).parent / path  # the defaults are found from any working directory
     file = next((place for place in places if place.is_file()), None)
     check(file, f"{path}: no such file")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    task = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(task)
-    return task
+    return types.SimpleNamespace(**runpy.run_path(str(file)))
 
 
 # ---- Datasets --------------------------------------------------------------------------------------------------------
@@ -268,31 +257,40 @@ class Example:
     rejected_policy: str | None = None
 
 
-def to_messages(value) -> list[dict]:
-    """A string, or a list of chat messages, as chat messages with string contents."""
-    value = [{"role": "user", "content": value}] if isinstance(value, str) else value
-    found = isinstance(value, list) and value
-    check(found, "no prompt: neither a column 'prompt' nor a conversation or transcript")
+def to_messages(value, role: str = "user") -> list[dict]:
+    """A text (`role` says whose), a message or a conversation, in the shapes people bring, as messages of texts."""
+    if isinstance(value, str):
+        if value.lstrip().startswith(("[{", '{"role')):  # JSON in a string
+            with contextlib.suppress(ValueError):
+                return to_messages(json.loads(value))
+        if not value.lstrip().startswith("Human:"):
+            return [{"role": role, "content": value}]
+        parts = re.split(r"(?:^|\n\n)(Human|Assistant):", value.strip())  # HH-RLHF's transcripts
+        value = [{"role": who, "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2]) if said.strip()]
+    value = [value] if isinstance(value, dict) else value
+    check(isinstance(value, list) and value, "no prompt: neither a column 'prompt' nor a conversation or transcript")
+    messages = []
     for message in value:
-        texts = isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))
-        check(texts, "a message without a role and a content that are texts")
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+        unread = [key for key in ("tool_calls", "function_call", "reasoning_content", "thinking") if message.get(key)]
+        check(not unread, f"a message with {' and '.join(unread)}, which is not read")
+        who, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+            content = "".join(part["text"] for part in content)
+        check(
+            isinstance(who, str) and isinstance(content, str), "a message without a role and a content that are texts"
+        )
+        messages.append({"role": ROLES.get(who, who), "content": content})
+    return messages
 
 
-def split_answer(prompt, answer) -> tuple[list[dict], str]:
+def split_answer(prompt: list[dict] | None, answer) -> tuple[list[dict], str]:
     """Prompt messages and answer text, of an answer given as text, as its message, or as a whole conversation."""
-    if isinstance(answer, str) and prompt is None:  # HH-RLHF: a transcript, cut at the last "\n\nAssistant:"
-        parts = re.split(r"\n\n(Human|Assistant):", answer)
-        roles = {"Human": "user", "Assistant": "assistant"}
-        answer = [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2])]
-    if isinstance(answer, str):
-        return to_messages(prompt), answer
-    messages = to_messages(answer)
+    messages = to_messages(answer, "assistant")
     check(messages[-1]["role"] == "assistant", "the last message is not the assistant's")
-    if messages[0]["role"] == "assistant" and prompt is not None:  # it goes on from the prompt
+    if messages[0]["role"] == "assistant":  # it goes on from the prompt
         messages = to_messages(prompt) + messages
     # Else it carries its own prompt, which wins: UltraFeedback's `prompt` column is its first turn as a string.
-    return messages[:-1] or to_messages(prompt), messages[-1]["content"]
+    return messages[:-1], messages[-1]["content"]
 
 
 def to_score(value) -> float | None:
@@ -303,67 +301,71 @@ def to_score(value) -> float | None:
         return None
 
 
-# Other names of the columns below: DVPO's released code, openbmb/UltraFeedback, TRL.
+ROLES = {"human": "user", "Human": "user", "gpt": "assistant", "Assistant": "assistant"}  # ShareGPT's, HH-RLHF's
+# Other names of the columns below: DVPO's released code, TRL, Alpaca, ShareGPT.
 ALIASES = {
     "question": "prompt", "instruction": "prompt", "value_question": "prompt", "response_j": "chosen",
-    "response_k": "rejected", "value_response": "response", "completion": "response", "messages": "response",
-    "rewards": "score", "reward": "score", "model": "policy",
+    "response_k": "rejected", "value_response": "response", "completion": "response", "output": "response",
+    "messages": "response", "conversations": "response", "rewards": "score", "reward": "score", "label": "score",
+    "model": "policy",
 }  # fmt: skip
+COLUMNS = ("prompt", "chosen", "rejected", "response", "score", "score_chosen", "score_rejected", "policy",
+           "chosen_policy", "rejected_policy", "system", "input", "context", "history", "tools")  # fmt: skip
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # by a file's ending
 # What a dataset can be, and the columns it needs; the first that fits.
 FORMATS = {
     "preference pairs": ("chosen", "rejected"),
-    "rated completions": ("prompt", "completions"),
     "answers": ("response",),
     "prompts": ("prompt",),
 }
 
 
-def from_row(row: dict, kind: str) -> list[Example]:
-    """The examples in a row of a dataset of `kind`, one of `FORMATS`; raises `UserError` where it cannot be used."""
+def from_row(row: dict, kind: str) -> Example:
+    """A row of a dataset of `kind`, one of `FORMATS`; raises `UserError` where it cannot be used."""
     # Nulls are columns that are not there; of two names for a column, our own wins.
     row = {ALIASES.get(key, key): row[key] for key in sorted(row, key=lambda key: key not in ALIASES)
            if row[key] is not None}  # fmt: skip
+    for column in ("history", "tools"):
+        check(not row.get(column), f"a column {column!r}, which is not read: write it into the prompt")
     name = lambda key: str(row[key]) if key in row else None  # some datasets number their models
-    if kind == "rated completions":  # openbmb/UltraFeedback: the best one against each worse one
-        rated = [(to_score(c["overall_score"]), c["response"], c.get("model")) for c in row["completions"]]
-        rated = sorted((c for c in rated if c[0] is not None and isinstance(c[1], str)), key=lambda c: -c[0])
-        pairs = [(rated[0], worse) for worse in rated[1:] if worse[0] < rated[0][0]]
-        check(pairs, "fewer than two completions of different score")
-        prompt = to_messages(row["prompt"])
-        return [Example(prompt, good[1], bad[1], good[0], bad[0], good[2], bad[2]) for good, bad in pairs]
+    prompt = row.get("prompt", row.get("response") if kind == "preference pairs" else None)  # `messages` before answers
+    prompt = None if prompt is None else to_messages(prompt)
+    for column in ("input", "context"):  # Alpaca's and Dolly's: what the instruction is about
+        if prompt and isinstance(row.get(column), str) and row[column].strip():
+            prompt[-1]["content"] += "\n\n" + row[column]
     if kind == "preference pairs":
-        prompt, chosen = split_answer(row.get("prompt"), row["chosen"])
-        other_prompt, rejected = split_answer(row.get("prompt"), row["rejected"])
-        check(prompt == other_prompt, "chosen and rejected answer different prompts")
+        (asked, chosen), (other, rejected) = (split_answer(prompt, row[side]) for side in ("chosen", "rejected"))
+        check(asked == other, "chosen and rejected answer different prompts")
         scores = to_score(row.get("score_chosen")), to_score(row.get("score_rejected"))
-        return [Example(prompt, chosen, rejected, *scores, name("chosen_policy"), name("rejected_policy"))]
-    if kind == "answers":
-        prompt, answer = split_answer(row.get("prompt"), row["response"])
-        return [Example(prompt, answer, score_chosen=to_score(row.get("score")), chosen_policy=name("policy"))]
-    return [Example(to_messages(row["prompt"]))]
+        example = Example(asked, chosen, rejected, *scores, name("chosen_policy"), name("rejected_policy"))
+    elif kind == "answers":
+        asked, answer = split_answer(prompt, row["response"])
+        example = Example(asked, answer, score_chosen=to_score(row.get("score")), chosen_policy=name("policy"))
+    else:
+        example = Example(prompt)
+    if isinstance(row.get("system"), str) and row["system"].strip() and example.prompt[0]["role"] != "system":
+        example.prompt = [{"role": "system", "content": row["system"]}, *example.prompt]
+    return example
 
 
 def read_rows(dataset: str, splits: tuple[str, ...]):
-    """The rows of `NAME[:SPLIT]`: a hub dataset, a folder, or a file of one of the kinds of `READERS`."""
-    path, _, split = dataset.partition(":")
+    """The rows of `NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`: a hub dataset, a folder, or a file (`READERS`)."""
+    path, *config, split = [*dataset.split(":"), ""] if ":" not in dataset else dataset.split(":")
     file = Path(path).expanduser()
     kind = READERS.get(Path(file.name.removesuffix(".gz")).suffix)
     check(kind or not file.is_file(), f"--dataset {path}: expected {', '.join(READERS)} or a task's .py")
-    missing = not file.exists() and (kind or path.startswith((".", "/", "~")))
-    check(not missing, f"--dataset {path}: no such file or folder")
+    check(file.exists() or not (kind or path.startswith((".", "/", "~"))), f"--dataset {path}: no such file or folder")
     import datasets  # takes a second to import, and a task needs none of it
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said below, once
-    # datasets, pyarrow and huggingface_hub raise a dozen kinds
     with user_errors(Exception, f"--dataset {path}: neither readable here nor on the hub"):
         if file.is_file():
             data = datasets.load_dataset(kind, data_files=str(file))
         elif (file / "dataset_dict.json").exists() or (file / "state.json").exists():
             data = datasets.load_from_disk(str(file))
         else:
-            data = datasets.load_dataset(path)
+            data = datasets.load_dataset(path, *config)
     data = data if isinstance(data, datasets.DatasetDict) else {"train": data}
     wanted = split or next((s for s in splits if s in data), next(iter(data)))
     check(wanted in data, f"--dataset {dataset}: no split {wanted!r}; there are {', '.join(data)}")
@@ -392,24 +394,27 @@ def to_examples(rows, dataset: str, needs: str) -> list[Example]:
     """Rows (dicts, or a `datasets.Dataset`) of any of `FORMATS` as examples that have what `needs` asks for."""
     check(len(rows) > 0, f"--dataset {dataset}: no rows")
     found = dict.fromkeys(column for row in rows for column in row) if isinstance(rows, list) else rows.column_names
-    columns = {ALIASES.get(column, column) for column in found}
-    formats = [kind for kind in FORMATS if kind != "prompts" or needs == "prompts"]
-    kind = next((kind for kind in formats if set(FORMATS[kind]) <= columns), None)
-    known = "; ".join(" + ".join(FORMATS[kind]) for kind in formats)
-    check(kind, f"--dataset {dataset}: its columns ({', '.join(found)}) fit none of: {known}; rename them")
+    ours = {ALIASES.get(column, column): column for column in sorted(found, key=lambda column: column not in ALIASES)}
+    kinds = [kind for kind in FORMATS if kind != "prompts" or needs == "prompts"]
+    kind = next((kind for kind in kinds if set(FORMATS[kind]) <= ours.keys()), None)
+    check(kind, f"--dataset {dataset}: its columns ({', '.join(found)}) fit none of: "
+          f"{'; '.join(' + '.join(FORMATS[kind]) for kind in kinds)}; rename them")  # fmt: skip
+    read = [ours[column] for column in COLUMNS if column in ours]
+    if not isinstance(rows, list):
+        rows = rows.select_columns(read)  # what is not read is not decoded, either, such as images
     examples, dropped = [], Counter()
     for row in rows:
         try:
-            # Of rated completions, an answer to learn is the best one, once, not once for every worse one.
-            fresh = from_row(row, kind)[: 1 if needs == "answers" else None]
-            for example in fresh:
-                check_example(example, needs)
-            examples += fresh
+            check(needs != "answers" or row.get("label") is not False, "labelled false")
+            example = from_row(row, kind)
+            check_example(example, needs)
+            examples.append(example)
         except UserError as error:
             dropped[str(error)] += 1
         except (KeyError, TypeError, AttributeError) as error:
             dropped[f"malformed row, or a null ({type(error).__name__}: {error})"] += 1
-    log(f"dataset {dataset}: {kind} ({', '.join(found)}), {len(rows)} rows, {len(examples)} examples")
+    unread = "; not read: " * (len(read) < len(found)) + ", ".join(column for column in found if column not in read)
+    log(f"dataset {dataset}: {kind} ({', '.join(read)}{unread}), {len(rows)} rows, {len(examples)} examples")
     reasons = "; ".join(f"{count} x {reason}" for reason, count in dropped.most_common())
     if dropped:
         log(f"  dropped {dropped.total()} rows: {reasons}")
@@ -466,8 +471,10 @@ def load_tokenizer(path: str, untrained: bool = False):
 def end_of_turn_id(tokenizer) -> int:
     """The token that ends an answer: the special token the chat template writes there, else EOS."""
     turn = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "final-answer"}]
-    text = tokenizer.apply_chat_template(turn, tokenize=False)
-    tail = text[text.rindex("final-answer") + len("final-answer") :]
+    try:
+        tail = tokenizer.apply_chat_template(turn, tokenize=False).rsplit("final-answer", 1)[1]
+    except Exception:  # whatever a template raises, or an answer that it does not write
+        return tokenizer.eos_token_id
     ids = tokenizer(tail, add_special_tokens=False).input_ids
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     return next((i for i in ids if i in special), tokenizer.eos_token_id)
@@ -481,8 +488,10 @@ def tokenize_prompt(tokenizer, prompt: list[dict]) -> list[int]:
     try:  # Mistral's and Gemma's refuse system messages
         text = tokenizer.apply_chat_template(prompt, chat_template=template, tokenize=False, add_generation_prompt=True,
                                              **TEMPLATE_ARGUMENTS)  # fmt: skip
-    except jinja2.TemplateError:
+    except Exception:  # whatever else a template raises
         return []
+    if text.rstrip().endswith("<think>"):  # forced by some: no dataset holds any thoughts
+        text = text.rstrip() + "\n\n</think>\n\n"
     return tokenizer(text, add_special_tokens=False).input_ids  # the template writes its own BOS
 
 
@@ -495,10 +504,7 @@ def control_ids(tokenizer) -> set[int]:
 
 
 def tokenize_answers(tokenizer, answers: list[str], max_length: int) -> list[list[int]]:
-    """Token ids of answers, each with its end-of-turn token, cut to `max_length`.
-
-    They are apart from the prompt's: nothing merges across the border. Control tokens in their text are taken out.
-    """
+    """Token ids of answers without control tokens, each with its end-of-turn token, cut to `max_length`."""
     end, controls = end_of_turn_id(tokenizer), control_ids(tokenizer)
     texts = tokenizer(answers, add_special_tokens=False).input_ids if answers else []
     tokens = [[i for i in ids if i not in controls] + [end] for ids in texts]
@@ -515,10 +521,8 @@ def tokenize_answers(tokenizer, answers: list[str], max_length: int) -> list[lis
 
 
 def fit_prompts(tokenizer, examples: list[Example], max_length: int, heldout: bool = False):
-    """Examples whose prompt has at most `max_length` tokens, and those tokens; of held-out ones none need be left.
-
-    A prompt with a control token in its text is left out, too: it could end a turn, or speak in another role.
-    """
+    """Examples whose prompt has at most `max_length` tokens, and no control token in its text, which could speak in
+    another role; and the prompts' tokens. Of held-out examples none need be left."""
     controls = re.compile("|".join(map(re.escape, tokenizer.convert_ids_to_tokens(list(control_ids(tokenizer))))))
     known, kept, tokens, dropped = {}, [], [], Counter()
     for example in examples:
@@ -545,8 +549,7 @@ def fit_prompts(tokenizer, examples: list[Example], max_length: int, heldout: bo
 
 
 def pad(sequences: list[list[int]], value: int, side: str, width: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sequences` padded on `side` to the longest, or to `width` if that is wider: ids, and a mask that is True on
-    tokens; both `(B, W)`."""
+    """`sequences` padded on `side` to the longest or to `width`: ids, and a mask, True on tokens; `(B, W)` each."""
     lengths = torch.tensor([len(sequence) for sequence in sequences])[:, None]  # (B, 1)
     columns = torch.arange(max(width, lengths.max()))  # (W,)
     mask = columns >= len(columns) - lengths if side == "left" else columns < lengths  # (B, W)
@@ -594,16 +597,14 @@ def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
-def draw_trajectories(rng: random.Random, pool: list[Trajectory], prompt_ids: list[int], k: int) -> list[Trajectory]:
-    """At most `k` trajectories from one policy's `pool`, none of them on `prompt_ids`: none can leak its answer."""
-    drawn = rng.sample(pool, min(len(pool), 8 + k))
-    return [trajectory for trajectory in drawn if trajectory[0] != prompt_ids][:k]
+def condition(rng: random.Random, prompt_ids: list[int], pool: list[Trajectory], k: int, max_length: int) -> list[int]:
+    """`prompt_ids` behind at most `k` trajectories (tau in the paper) of one policy's `pool`, each cut to `max_length`.
 
-
-def condition(prompt_ids: list[int], trajectories: list[Trajectory], max_length: int) -> list[int]:
-    """The prompt with `trajectories` (tau in the paper) in front, each cut to `max_length` tokens."""
+    None of them is on the same prompt, so none can leak its answer.
+    """
+    drawn = [other for other in rng.sample(pool, min(len(pool), 8 + k)) if other[0] != prompt_ids][:k]
     context = []
-    for before, answer in trajectories:
+    for before, answer in drawn:
         context += (before[max(0, len(before) - max_length // 2) :] + answer)[:max_length]
     return context + prompt_ids
 
@@ -613,13 +614,11 @@ def load_pretrained(auto_class, path: str, **kwargs):
     """`auto_class.from_pretrained(path)` with one-line errors."""
     local = Path(path).expanduser()
     # "runs/sft" would pass for a hub id, so the project's own output folders are always local.
-    missing = path.startswith((".", "/", "~", "runs/")) and not local.is_dir()
-    check(not missing, f"{path}: no such folder; has the stage that makes it been run?")
-    unfinished = (local / ".dvpo-run").exists() and not (local / "README.md").exists()
-    check(not unfinished, f"{path}: an unfinished run, not yet a model; --resume it first")
-    # transformers, huggingface_hub and safetensors raise a dozen kinds
+    whole = local.is_dir() and ((local / "README.md").exists() or not (local / ".dvpo-run").exists())
+    missing = path.startswith((".", "/", "~", "runs/")) and not whole
+    check(not missing, f"{path}: no such folder, or an unfinished run: run the stage that makes it, or --resume it")
     with user_errors(Exception, f"{path}: cannot load {auto_class.__name__}"):
-        return auto_class.from_pretrained(str(local) if local.is_dir() else path, **kwargs)
+        return auto_class.from_pretrained(str(local) if local.is_dir() else path, trust_remote_code=False, **kwargs)
 
 
 def decoder_layers(model) -> torch.nn.ModuleList:
@@ -631,7 +630,10 @@ def decoder_layers(model) -> torch.nn.ModuleList:
 
 def load_config(path: str):
     """The model's config, every dropout off: policy ratios and value targets must not be noisy."""
+    check(not Path(path, "adapter_config.json").exists(), f"{path}: an adapter: merge it with its base model first")
     config = load_pretrained(transformers.AutoConfig, path)
+    check(not hasattr(config, "quantization_config"), f"{path}: quantised weights cannot be trained: dequantise them")
+    config._attn_implementation = None  # ours to name: a config may ask for code from the hub
     for name, value in vars(config).items():
         if name.endswith(("dropout", "pdrop", "dropout_prob", "dropout_rate")) and isinstance(value, float):
             setattr(config, name, 0.0)
@@ -646,36 +648,36 @@ def load_policy(path: str, tokenizer, dtype: torch.dtype):
     else:
         model, info = load_pretrained(transformers.AutoModelForCausalLM, path, config=load_config(path), dtype=dtype,
                                       use_safetensors=True, output_loading_info=True)  # fmt: skip
-        judges = "score.weight" in info["unexpected_keys"]  # it may lack nothing: where embeddings are tied
-        check(not judges, f"{path}: no language model, but a value or reward model")
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        check(not missing, f"{path}: no language model, it lacks {missing}")
-    # What ends an answer travels with the checkpoint, whatever the base model's own generation settings were.
-    ends = sorted({end_of_turn_id(tokenizer), tokenizer.eos_token_id})
-    model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+        # A value or reward model lacks nothing where embeddings are tied.
+        wrong = info["missing_keys"] or "score.weight" in info["unexpected_keys"]
+        check(not wrong, f"{path}: no language model: it lacks an output head, or is a value or reward model")
+    # What ends an answer travels with the checkpoint; of the base model's own generation settings nothing else does.
+    given = model.generation_config.eos_token_id
+    ends = {end_of_turn_id(tokenizer), tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])} - {
+        None
+    }
+    pad_id = tokenizer.pad_token_id
+    model.generation_config = transformers.GenerationConfig(eos_token_id=sorted(ends), pad_token_id=pad_id)
     head, kind = model.get_output_embeddings(), model.config.model_type
-    capped = getattr(model.config, "final_logit_softcapping", None)  # too little at small logits to be measured below
-    check(capped is None, f"{path}: {kind} uses final_logit_softcapping: not supported")
+    model.config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight  # whatever the config said
+    check(getattr(model.config, "final_logit_softcapping", None) is None,  # too little to be measured below
+          f"{path}: {kind} uses final_logit_softcapping: not supported")  # fmt: skip
     check(getattr(head, "bias", None) is None, f"{path}: {kind}'s output head has a bias: not supported")
-    size = head.weight.shape[0]
-    check(len(tokenizer) <= size, f"{path}: the tokenizer has {len(tokenizer)} tokens, the model only {size}")
+    size, largest = len(head.weight), max(tokenizer.get_vocab().values())
+    check(largest < size, f"{path}: the tokenizer has tokens up to {largest}, the model only {size}")
     with torch.no_grad():
         ids = torch.tensor([[tokenizer.eos_token_id] * 2])
         logits, plain = model(ids).logits, model.base_model(ids).last_hidden_state @ head.weight.T  # (1, 2, V)
     # bf16 rounds by less; a scale or a cap changes more.
-    scaled = (logits - plain).abs().max() > 0.05 * plain.abs().max()
-    check(not scaled, f"{path}: {kind} does more to its logits than its output head: not supported")
+    check((logits - plain).abs().max() <= 0.05 * plain.abs().max(),
+          f"{path}: {kind} does more to its logits than its output head: not supported")  # fmt: skip
     return model
 
 
 def load_value_model(path: str, tokenizer, dtype: torch.dtype, fresh_head: bool):
     """A sequence classifier whose bias-free `score` head of width 1 is read at every token: GVM, critic, reward model.
-
-    `fresh_head` starts the head at zero where the checkpoint has none (a language model); else one must be there.
-    """
+    `fresh_head` starts the head at zero where the checkpoint has none (a language model); else one must be there."""
     config, auto_class = load_config(path), transformers.AutoModelForSequenceClassification
-    known = type(config) in auto_class._model_mapping
-    check(known, f"{path}: {config.model_type} has no sequence classifier, so no value head; use another model")
     right = fresh_head or config.num_labels == 1
     check(right, f"{path}: the head has {config.num_labels} outputs, expected 1; is it a GVM or a reward model?")
     config.num_labels = 1
@@ -730,8 +732,8 @@ class Run:
         ours = (self.folder / ".dvpo-run").exists()
         check(ours, f"--output-dir {self.folder} holds other files than a run's: choose another")
         self.finished = (self.folder / "README.md").exists()
-        kind = "a finished" if self.finished else "an unfinished"
-        check(self.args.resume, f"--output-dir {self.folder} holds {kind} run: --resume or remove it")
+        kind = "a finished run" if self.finished else "an unfinished run"
+        check(self.args.resume, f"--output-dir {self.folder} holds {kind}: --resume or remove it, or choose another")
         file = self.folder / "args.json"
         with user_errors((OSError, ValueError, TypeError), f"{file}: cannot be read, so the run cannot go on"):
             before, now = dict(json.loads(file.read_text())), json.loads(json.dumps(asdict(self.args)))
@@ -742,11 +744,12 @@ class Run:
             return log(f"{self.folder} is finished already")
         found = self.checkpoints()
         for checkpoint in reversed(found):
-            problem = damage(checkpoint)
-            if not problem:
+            problem = [damage(checkpoint) if self.writes else None]  # rank 0 reads it, for all
+            dist.broadcast_object_list(problem)
+            if not problem[0]:
                 self.source, self.done = checkpoint, int(checkpoint.name.removeprefix("step_"))
                 break
-            log(f"{checkpoint}: {problem}; trying the one before")
+            log(f"{checkpoint}: {problem[0]}; trying the one before")
         check(self.source or not found, f"{self.folder}: none of its checkpoints can be used")
         log(f"{self.folder}: going on from {self.source.name if self.source else 'the start, with no checkpoint yet'}")
 
@@ -758,16 +761,14 @@ class Run:
         """Restore the checkpoint if the run goes on from one, and take the folder.
 
         `trained`: a (model, optimizer, scheduler) each; `data`: their `fingerprint`; `carried`: what else the loop
-        carries from update to update. Returns the number of updates done, and `carried` as attributes of an object, as
-        given or as restored, which every checkpoint saves.
+        carries on. Returns the number of updates done, and `carried` as an object's attributes, given or restored.
         """
         self.trained, self.num_updates, self.data = trained, num_updates, data
         self.carried, self.writer = types.SimpleNamespace(**carried), None
         metrics, lines = self.folder / "metrics.jsonl", []
         if self.source:
             state = json.loads((self.source / "state.json").read_text())
-            same = state["data"] == data
-            check(same, f"{self.source}: --dataset {self.args.dataset} or a frozen model has changed since")
+            check(state["data"] == data, f"{self.source}: --dataset or a frozen model has changed since")
             tensors = self.tensors()
             dcp.load(tensors, checkpoint_id=self.source)
             for i, (model, optimizer, scheduler) in enumerate(trained):
@@ -775,7 +776,10 @@ class Run:
                                optim_state_dict=tensors[str(i)]["optimizer"])  # fmt: skip
                 scheduler.load_state_dict(state["schedulers"][i])
             vars(self.carried).update(state["carried"])
-            lines = metrics.read_text().splitlines(keepends=True)[: self.done]
+            with user_errors((OSError, ValueError, AttributeError), f"{metrics}: damaged, so the run cannot go on"):
+                lines = metrics.read_text().splitlines(keepends=True)[: self.done]
+                steps = [json.loads(line).get("step") for line in lines]
+            check(steps == list(range(1, self.done + 1)), f"{metrics}: updates are missing, so the run cannot go on")
         if self.writes:
             with user_errors(OSError, f"--output-dir {self.folder}: cannot be written"):
                 (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -839,14 +843,9 @@ class Run:
             state = {"carried": vars(self.carried), "data": self.data, "schedulers": schedulers}
             (folder / "state.json").write_text(json.dumps(state))
         dist.barrier()
-        dcp.save(self.tensors(), checkpoint_id=folder)
-        written = list(folder.glob(f"__{dist.get_rank()}_*"))
+        dcp.save(self.tensors(), checkpoint_id=folder)  # on rank 0 it returns when all have written
         if self.writes:
-            written += [folder / ".metadata", folder / "state.json"]
-        digests = [None] * dist.get_world_size()
-        dist.all_gather_object(digests, {path.name: sha256(path) for path in written})
-        if self.writes:
-            manifest = {name: digest for part in digests for name, digest in part.items()}
+            manifest = {path.name: sha256(path) for path in folder.iterdir()}
             (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
             for old in self.checkpoints()[:-2]:
                 shutil.rmtree(old)
@@ -856,13 +855,13 @@ class Run:
         if self.writes:
             if model.config.tie_word_embeddings:
                 state_dict.pop("lm_head.weight", None)  # it is the embedding, stored once
+            bad = [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]
+            check(not bad, f"{self.folder}: not saved, as {', '.join(bad[:3])} is not finite")
             dtype = next(iter(state_dict.values())).dtype
             model.save_pretrained(self.folder, state_dict=state_dict)  # empties the dict
             model.config.dtype = dtype  # not that of the fp32 model that was trained
             model.config.save_pretrained(self.folder)
             tokenizer.save_pretrained(self.folder)
-            for file in self.folder.glob("model*.safetensors"):  # which safetensors lets only their owner read
-                shutil.copymode(self.folder / "config.json", file)
             ranks = dist.get_world_size()
             command = f"torchrun --nproc_per_node {ranks} " if ranks > 1 else "python "
             (self.folder / "README.md").write_text(
@@ -890,7 +889,7 @@ def fingerprint(data: list, *models: str) -> str:
     digest = hashlib.sha256(repr(data).encode())
     for path in models:
         folder = Path(cached_file(str(Path(path).expanduser()), "config.json")).parent  # a hub id's is in the cache
-        for file in sorted(folder.glob("model*.safetensors")):  # what is loaded, as transformers names it
+        for file in sorted([folder / "config.json", *folder.glob("model*.safetensors")]):  # what is loaded
             digest.update(sha256(file).encode())
     return digest.hexdigest()
 

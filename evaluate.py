@@ -294,10 +294,9 @@ def make_batch(config, answers: list[Answer], pools: dict, key: str, pad_id: int
     if config.num_context_trajectories:
         for i, answer in enumerate(answers):
             rng = random.Random(f"{key}/{answer.prompt_ids}/{answer.response_ids}")
-            drawn = common.draw_trajectories(
-                rng, pools[answer.policy], answer.prompt_ids, config.num_context_trajectories
-            )
-            prompts[i] = common.condition(answer.prompt_ids, drawn, config.context_trajectory_length)
+            prompts[i] = common.condition(rng, answer.prompt_ids, pools[answer.policy],
+                                          config.num_context_trajectories,
+                                          config.context_trajectory_length)  # fmt: skip
     return common.pad_batch(prompts, [answer.response_ids for answer in answers], pad_id, device, widths)
 
 
@@ -413,7 +412,7 @@ def interval(x: torch.Tensor, resamples: int = 2_000) -> dict[str, float]:
 
 
 @torch.no_grad()
-def sample(policy, reference, gvm, prompts: list[list[int]], end_ids, pad_id: int, device, args: Args) -> dict:
+def sample(name, policy, reference, gvm, prompts: list[list[int]], end_ids, pad_id: int, device, args: Args) -> dict:
     """One answer to each of `prompts`: `response_ids`, `response_mask (B, R)`, and `kl`, `ended`, `scores (B,)`.
 
     `scores` is the GVM's value of the finished answer, conditioned on this policy's own other answers where the GVM was
@@ -437,10 +436,12 @@ def sample(policy, reference, gvm, prompts: list[list[int]], end_ids, pad_id: in
         parts.append((response_ids, response_mask, kl, ended))
     names = ("response_ids", "response_mask", "kl", "ended")
     answers = {n: common.all_gather(torch.cat(p))[: len(prompts)].cpu() for n, p in zip(names, zip(*parts))}
+    common.check(answers["kl"].isfinite().all(), f"{name}: its log-probs or the reference's are not finite")
     if gvm is not None:
         rows = zip(prompts, answers["response_ids"], answers["response_mask"])
         judged = [Answer(prompt, ids[mask].tolist(), 0.0, "policy") for prompt, ids, mask in rows]
         answers["scores"] = heldout_statistics(gvm, judged, pad_id, device, args)["last"]
+        common.check(answers["scores"].isfinite().all(), f"{args.gvm_path}: its values are not finite")
     return answers
 
 
@@ -489,8 +490,7 @@ def write_html(path: Path, results: dict, samples: list[list[str]]) -> None:
 
 def main(args: Args) -> None:
     # ---- 1 Processes -------------------------------------------------------------------------------------------------
-    device = common.init_processes()
-    dtype = common.compute_dtype(args.dtype, device)
+    device, dtype = common.init_processes(args.dtype)
     common.check_settings(args)
     common.check(args.policies, "name at least one policy, as in dvpo=runs/dvpo")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -522,7 +522,6 @@ def main(args: Args) -> None:
         return shard(model.eval().requires_grad_(False), mesh, dtype)
 
     reference = add_methods(frozen(common.load_policy(args.reference_path, tokenizer, dtype)), token_logprobs)
-    end_ids = torch.tensor([common.end_of_turn_id(tokenizer), tokenizer.eos_token_id], device=device)
     gvm, results = None, {"args": asdict(args), "policies": {}}
     if args.gvm_path:
         common.check_same_tokenizer(args.reference_path, tokenizer, args.gvm_path)
@@ -546,8 +545,9 @@ def main(args: Args) -> None:
     baseline, written = None, []
     for name, path in paths.items():
         policy = frozen(common.load_policy(path, tokenizer, dtype))
+        end_ids = torch.tensor(policy.generation_config.eos_token_id, device=device)  # (E,)
         policy = add_methods(policy, token_logprobs, generate)
-        answers = sample(policy, reference, gvm, repeated, end_ids, tokenizer.pad_token_id, device, args)
+        answers = sample(name, policy, reference, gvm, repeated, end_ids, tokenizer.pad_token_id, device, args)
         rows = zip(answers["response_ids"], answers["response_mask"])
         texts = [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in rows]
         row = results["policies"][name] = {"path": path}

@@ -395,9 +395,8 @@ def key_value_cache(model, length: int) -> DynamicCache | StaticCache:
 
 def main(args: Args) -> None:
     # ---- 1 Processes -------------------------------------------------------------------------------------------------
-    device = common.init_processes()
+    device, dtype = common.init_processes(args.dtype)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    dtype = common.compute_dtype(args.dtype, device)
     run = common.Run(args, __file__)
     share = args.num_minibatches * world_size
     common.check(args.rollout_batch_size % share == 0,
@@ -417,10 +416,10 @@ def main(args: Args) -> None:
     examples, all_prompts = common.fit_prompts(tokenizer, examples, args.max_prompt_length)
     exact_score = getattr(common.load_task(args.dataset), "score", None)  # "gold", where the task has one
     common.log(f"{len(all_prompts)} prompts, the first: {tokenizer.decode(all_prompts[0])!r}")
-    end_ids = torch.tensor([common.end_of_turn_id(tokenizer), tokenizer.eos_token_id], device=device)
 
     # ---- 3 Models: one trained, two frozen ---------------------------------------------------------------------------
     policy = common.load_policy(args.model_path, tokenizer, torch.float32).train()
+    end_ids = torch.tensor(policy.generation_config.eos_token_id, device=device)  # (E,)
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     policy = add_methods(shard(policy, mesh, dtype), token_logprobs, generate)
@@ -473,8 +472,7 @@ def main(args: Args) -> None:
         if num_trajectories:  # tau: what this very policy has just answered to other prompts
             pool = [(prompt, ids[mask].tolist()) for prompt, ids, mask in zip(prompts, response_ids, response_mask)]
             rng = random.Random(f"{args.seed}/{update}")
-            contexts = [common.draw_trajectories(rng, pool, prompt, num_trajectories) for prompt in prompts]
-            gvm_prompts = [common.condition(p, context, trajectory_length) for p, context in zip(prompts, contexts)]
+            gvm_prompts = [common.condition(rng, p, pool, num_trajectories, trajectory_length) for p in prompts]
         padded = common.pad(gvm_prompts, tokenizer.pad_token_id, "left", longest_gvm_prompt if widest else 0)
         gvm_ids, gvm_mask = (x.to(device) for x in padded)  # (B, P')
         gvm_ids = torch.cat([gvm_ids, response_ids], 1)  # (B, P' + R)

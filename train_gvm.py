@@ -192,10 +192,9 @@ def make_batch(config, answers: list[Answer], pools: dict, key: str, pad_id: int
     if config.num_context_trajectories:
         for i, answer in enumerate(answers):
             rng = random.Random(f"{key}/{answer.prompt_ids}/{answer.response_ids}")
-            drawn = common.draw_trajectories(
-                rng, pools[answer.policy], answer.prompt_ids, config.num_context_trajectories
-            )
-            prompts[i] = common.condition(answer.prompt_ids, drawn, config.context_trajectory_length)
+            prompts[i] = common.condition(rng, answer.prompt_ids, pools[answer.policy],
+                                          config.num_context_trajectories,
+                                          config.context_trajectory_length)  # fmt: skip
     return common.pad_batch(prompts, [answer.response_ids for answer in answers], pad_id, device, widths)
 
 
@@ -228,9 +227,8 @@ def pair_accuracy(values: torch.Tensor) -> float:
 
 def main(args: Args) -> None:
     # ---- 1 Processes -------------------------------------------------------------------------------------------------
-    device = common.init_processes()
+    device, dtype = common.init_processes(args.dtype)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    dtype = common.compute_dtype(args.dtype, device)
     run = common.Run(args, __file__)
     common.check(world_size % args.dp_replicate == 0, f"{world_size} processes must be a multiple of --dp-replicate")
     mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),

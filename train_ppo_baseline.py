@@ -505,9 +505,8 @@ def train_reward_model(args: Args, tokenizer, mesh, dtype: torch.dtype, device) 
 
 def main(args: Args) -> None:
     # ---- 1 Processes -------------------------------------------------------------------------------------------------
-    device = common.init_processes()
+    device, dtype = common.init_processes(args.dtype)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    dtype = common.compute_dtype(args.dtype, device)
     run = common.Run(args, __file__)
     share = args.num_minibatches * world_size
     common.check(args.rollout_batch_size % share == 0,
@@ -533,7 +532,6 @@ def main(args: Args) -> None:
     examples, all_prompts = common.fit_prompts(tokenizer, examples, args.max_prompt_length)
     exact_score = getattr(common.load_task(args.dataset), "score", None)  # "gold", where the task has one
     common.log(f"{len(all_prompts)} prompts, the first: {tokenizer.decode(all_prompts[0])!r}")
-    end_ids = torch.tensor([common.end_of_turn_id(tokenizer), tokenizer.eos_token_id], device=device)
 
     # ---- 3 Models: two trained, two frozen ---------------------------------------------------------------------------
     reward_path = args.reward_output_dir if args.reward_path is None else args.reward_path
@@ -542,6 +540,7 @@ def main(args: Args) -> None:
         gc.collect()  # the model and its methods refer to each other: without it, its memory would stay taken
     common.check_same_tokenizer(args.model_path, tokenizer, reward_path)
     policy = common.load_policy(args.model_path, tokenizer, torch.float32).train()
+    end_ids = torch.tensor(policy.generation_config.eos_token_id, device=device)  # (E,)
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     policy = add_methods(shard(policy, mesh, dtype), token_logprobs, generate)

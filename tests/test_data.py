@@ -40,12 +40,23 @@ ROWS = {
         "rejected": "\n\nHuman: Name a fruit.\n\nAssistant: dog",
     },
     "released code": {"question": "Name a fruit.", "response_j": "pear", "response_k": "dog"},
-    "openbmb/UltraFeedback": {
-        "instruction": "Name a fruit.",
-        "completions": [
-            {"model": "a", "response": "dog", "overall_score": "3"},
-            {"model": "b", "response": "pear", "overall_score": 8.0},
-        ],
+    "one message": {"prompt": "Name a fruit.", "chosen": said("pear"), "rejected": said("dog")},
+    "messages before the answers": {"messages": [USER], "chosen": "pear", "rejected": "dog"},
+    "parts": {
+        "prompt": [{"role": "user", "content": [{"type": "text", "text": "Name a fruit."}]}],
+        "chosen": "pear",
+        "rejected": "dog",
+    },
+    "JSON in strings": {
+        "prompt": "?",
+        "chosen": json.dumps([USER, said("pear")]),
+        "rejected": json.dumps([USER, said("dog")]),
+    },
+    "a transcript as prompt": {"prompt": "\n\nHuman: Name a fruit.\n\nAssistant:", "chosen": "pear", "rejected": "dog"},
+    "ShareGPT": {
+        "conversations": [{"from": "human", "value": "Name a fruit."}],
+        "chosen": {"from": "gpt", "value": "pear"},
+        "rejected": {"from": "gpt", "value": "dog"},
     },
 }
 
@@ -64,10 +75,8 @@ def test_preference_shapes(name, tmp_path):
     train, heldout = common.load_examples(write(tmp_path / "data.jsonl", [ROWS[name]]), "pairs")
     (example,) = train + heldout
     assert (example.prompt, example.chosen, example.rejected) == (PROMPT, "pear", "dog")
-    if "score_chosen" in ROWS[name] or "completions" in ROWS[name]:
+    if "score_chosen" in ROWS[name]:
         assert (example.score_chosen, example.score_rejected) == (8.0, 3.0)
-    if "completions" in ROWS[name]:
-        assert (example.chosen_policy, example.rejected_policy) == ("b", "a")
 
 
 def test_a_columns_own_name_wins(tmp_path):
@@ -102,11 +111,63 @@ def test_policies_may_be_numbers(tmp_path):
     assert (example.chosen_policy, example.rejected_policy) == ("0", "1")
 
 
-def test_of_rated_completions_the_best_is_shown_once(tmp_path):
-    completions = [{"response": text, "overall_score": score} for text, score in (("dog", 3), ("pear", 8), ("cat", 2))]
-    path = write(tmp_path / "data.jsonl", [{"instruction": "Name a fruit.", "completions": completions}])
-    assert [e.chosen for e in sum(common.load_examples(path, "answers"), [])] == ["pear"]
-    assert [e.rejected for e in sum(common.load_examples(path, "pairs"), [])] == ["dog", "cat"]
+PARTS = [  # of what a model is asked, beside the prompt
+    ({"system": "Be brief.", "question": "Name a fruit."}, [{"role": "system", "content": "Be brief."}, USER]),
+    ({"instruction": "Name a fruit.", "input": "pear or dog"}, [{**USER, "content": "Name a fruit.\n\npear or dog"}]),
+    ({"instruction": "Name a fruit.", "context": "pear, dog"}, [{**USER, "content": "Name a fruit.\n\npear, dog"}]),
+    ({"system": "", "instruction": "Name a fruit.", "input": ""}, PROMPT),
+]
+
+
+@pytest.mark.parametrize("row, prompt", PARTS)
+def test_what_belongs_to_a_prompt_is_read(row, prompt, tmp_path):
+    path = write(tmp_path / "data.jsonl", [{**row, "chosen": "pear", "rejected": "dog"}])
+    assert [e.prompt for e in sum(common.load_examples(path, "pairs"), [])] == [prompt]
+
+
+def test_columns_that_are_not_read_are_named_and_not_decoded(tmp_path, capsys):
+    """A broken picture in a column that nobody needs stops nothing."""
+    import datasets
+
+    rows = {"prompt": ["Name a fruit."], "response": ["pear"], "source": ["me"], "image": [b"no picture"]}
+    data = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    data.to_parquet(tmp_path / "data.parquet")
+    (example,) = sum(common.load_examples(str(tmp_path / "data.parquet"), "answers"), [])
+    assert example.chosen == "pear"
+    assert "answers (prompt, response; not read: source, image)" in capsys.readouterr().out
+
+
+def test_answers_that_are_labelled_bad_are_not_learned(tmp_path):
+    rows = [{"prompt": f"{i}", "completion": f"a{i}", "label": i % 2 == 0} for i in range(40)]
+    path = write(tmp_path / "data.jsonl", rows)
+    assert len(sum(common.load_examples(path, "answers"), [])) == 20
+    assert {e.score_chosen for e in sum(common.load_examples(path, "scores"), [])} == {0.0, 1.0}
+
+
+def test_a_dataset_of_several_configurations(tmp_path):
+    for name in ("a", "b"):
+        write((tmp_path / name).with_suffix(".jsonl"), [{"prompt": name, "response": "x"}])
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: a\n  data_files: a.jsonl\n- config_name: b\n  data_files: b.jsonl\n---\n"
+    )
+    with pytest.raises(common.UserError, match=r"Config name is missing.*\['a', 'b'\]"):
+        common.load_examples(str(tmp_path), "answers")
+    (example,) = sum(common.load_examples(f"{tmp_path}:b:train", "answers"), [])
+    assert example.prompt[0]["content"] == "b"
+
+
+def test_rated_completions_by_a_task(monkeypatch):
+    """openbmb/UltraFeedback's shape: the best completion against a random worse one."""
+    import datasets
+
+    rated = (("a", "dog", "3"), ("b", "pear", 8.0), ("c", "fig", 8.0))
+    completions = [{"model": m, "response": text, "overall_score": score} for m, text, score in rated]
+    rows = [{"instruction": f"Name a fruit {i}.", "completions": completions} for i in range(100)]
+    rows.append({"instruction": "Name.", "completions": completions[1:]})  # no worse one
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
+    train, heldout = common.load_examples(str(ROOT / "tests/tasks/ultrafeedback.py"), "pairs")
+    assert len(train) + len(heldout) == 100 and 0 < len(heldout) < 20
+    assert {(e.chosen, e.rejected, e.chosen_policy, e.score_rejected) for e in train} == {("pear", "dog", "b", 3.0)}
 
 
 def test_hh_is_cut_at_the_last_assistant(tmp_path):
@@ -365,11 +426,10 @@ def test_context_never_holds_the_prompt_it_conditions():
     """Not the answer judged, not another answer to its prompt, at any draw."""
     pool = [([p], [100 + p, a]) for p in range(4) for a in range(3)]
     for seed in range(200):
-        drawn = common.draw_trajectories(random.Random(seed), pool, [2], 3)
-        assert len(drawn) == 3 and all(prompt != [2] for prompt, _ in drawn)
-        assert len({id(t) for t in drawn}) == 3
+        context = common.condition(random.Random(seed), [2], pool, 3, 8)
+        assert context[-1] == 2 and 102 not in context and len(context) == 3 * 3 + 1
     only_itself = [([2], [1]), ([2], [3])]
-    assert common.draw_trajectories(random.Random(0), only_itself, [2], 3) == []
+    assert common.condition(random.Random(0), [2], only_itself, 3, 8) == [2]
 
 
 def test_a_prompt_may_have_just_the_length_that_is_allowed():
@@ -395,7 +455,8 @@ def test_context_is_by_the_policy_judged_and_drawn_anew():
 
 
 def test_context_is_cut_in_front_of_a_whole_prompt():
-    assert common.condition([7, 8], [([1, 2, 3, 4], [5, 6, 9])], max_length=4) == [3, 4, 5, 6, 7, 8]
+    pool = [([1, 2, 3, 4], [5, 6, 9])]
+    assert common.condition(random.Random(0), [7, 8], pool, 1, max_length=4) == [3, 4, 5, 6, 7, 8]
 
 
 def test_batches_walk_through_all_rows_once_per_pass():

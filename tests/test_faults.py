@@ -433,7 +433,7 @@ def test_other_data_are_refused(stopped, pairs, tmp_path):
     before = open(pairs).read()
     open(pairs, "w").write("".join(before.splitlines(keepends=True)[5:]))
     try:
-        with pytest.raises(common.UserError, match="pairs.jsonl or a frozen model has changed since"):
+        with pytest.raises(common.UserError, match="--dataset or a frozen model has changed since"):
             train("train_dvpo", flags, resume=True)
     finally:
         open(pairs, "w").write(before)

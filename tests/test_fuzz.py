@@ -24,13 +24,10 @@ JSON = st.recursive(
 )
 ROLE = st.sampled_from(["user", "assistant", "system", "", "tool", None])
 MESSAGES = st.lists(st.fixed_dictionaries({}, optional={"role": ROLE, "content": st.one_of(TEXT, JSON)}), max_size=4)
-RATED = st.lists(
-    st.fixed_dictionaries({}, optional={"response": JSON, "overall_score": JSON, "model": JSON}), max_size=3
-)
-COLUMNS = ["prompt", "chosen", "rejected", "response", "completions", "score", "score_chosen", "score_rejected",
-           "policy", "chosen_policy", "rejected_policy", *common.ALIASES]  # fmt: skip
+COLUMNS = ["prompt", "chosen", "rejected", "response", "system", "input", "label", "score", "score_chosen",
+           "score_rejected", "policy", "chosen_policy", "rejected_policy", *common.ALIASES]  # fmt: skip
 ROW = st.dictionaries(
-    st.one_of(st.sampled_from(COLUMNS), st.text(max_size=3)), st.one_of(TEXT, MESSAGES, RATED, JSON), max_size=6
+    st.one_of(st.sampled_from(COLUMNS), st.text(max_size=3)), st.one_of(TEXT, MESSAGES, JSON), max_size=6
 )
 WHOLE_TEXT = TEXT.filter(lambda text: text.strip() and text.isprintable())
 NEEDS = st.sampled_from(["prompts", "answers", "pairs", "scores"])
@@ -79,8 +76,6 @@ GOOD = {  # by shape: a row that can be used whatever is asked for, but for what
     ("prompt", "response", "score"): {"prompt": "a", "response": "good", "score": 1},
     ("messages",): {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "good"}],
                     "score": 1},
-    ("instruction", "completions"): {"instruction": "a", "completions": [{"response": "good", "overall_score": 2},
-                                                                         {"response": "b", "overall_score": 1}]},
 }  # fmt: skip
 
 
@@ -88,11 +83,11 @@ GOOD = {  # by shape: a row that can be used whatever is asked for, but for what
 @given(shape=st.sampled_from(list(GOOD)), data=st.data(), needs=NEEDS)
 def test_right_columns_with_any_content(tmp_path, shape, data, needs):
     """A good row is found among whatever stands around it."""
-    kinds = {"completions": RATED, "score": JSON}
+    kinds = {"score": JSON}
     row = st.fixed_dictionaries({name: kinds.get(name, st.one_of(TEXT, MESSAGES, JSON)) for name in shape},
                                 optional={"policy": JSON, "chosen_policy": JSON})  # fmt: skip
     rows = data.draw(st.lists(row, min_size=1, max_size=3))
-    lacks = needs == "pairs" and "rejected" not in shape and "completions" not in shape
+    lacks = needs == "pairs" and "rejected" not in shape
     check_rows(tmp_path / "rows.jsonl", [*rows, GOOD[shape]], needs, [] if lacks else ["good"])
 
 
