@@ -1,8 +1,7 @@
 """What the scripts share and no ablation changes: errors, processes, return-to-go, data, models, output folders.
 
-Nothing happens at import. Shapes: B sequences, P prompt tokens, R response tokens, T = P + R. Prompts are padded on the
-left and responses on the right, so column P - 1 is the last prompt token of every row, and `[:, P - 1:]` of a value
-model's output is `values (B, R + 1)`: column 0 is V(s_1), column t is Q(s_t, a_t), which is V(s_{t+1}).
+Shapes: B sequences, P prompt tokens (padded left), R response tokens (padded right), T = P + R. A value model's output
+from column P - 1 on is `values (B, R + 1)`: column 0 is V(s_1), column t is Q(s_t, a_t), which is V(s_{t+1}).
 """
 
 import contextlib
@@ -95,8 +94,8 @@ def one_line_errors():
         sys.exit(2 if isinstance(error, UserError) else 1)
 
 
-def init_processes(dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
-    """Join the process group, also for a single process; returns this rank's device, and `dtype`: bfloat16 on a GPU."""
+def init_processes() -> torch.device:
+    """Join the process group and return this rank's device: nccl on GPUs, gloo on CPUs, also for a single process."""
     transformers.logging.set_verbosity_error()  # what matters of a model's load report is checked below
     transformers.logging.disable_progress_bar()
     device, backend = torch.device("cpu"), "gloo"
@@ -106,15 +105,19 @@ def init_processes(dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
         torch.cuda.set_device(device)
         # The first choice on an H100, and under a padding mask its gradients can be NaN (pytorch/pytorch#196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
-    store, rank, world_size = dist.HashStore(), 0, 1
+    store, rank, world_size = dist.HashStore(), 0, 1  # of a single process
     if os.environ.keys() & {"RANK", "WORLD_SIZE"}:  # torchrun, or a scheduler that does as it does
         with user_errors((ValueError, dist.DistError), "environment: the processes cannot meet; start with torchrun"):
             store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
-        # torchrun keeps one store over its restarts
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)  # kept over restarts
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=10))
+    return device
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU and float32 on a CPU."""
     auto = "bfloat16" if device.type == "cuda" else "float32"
-    return device, getattr(torch, auto if dtype == "auto" else dtype)
+    return getattr(torch, auto if name == "auto" else name)
 
 
 def end_processes() -> None:
@@ -665,11 +668,10 @@ def load_policy(path: str, tokenizer, dtype: torch.dtype):
     check(getattr(head, "bias", None) is None, f"{path}: {kind}'s output head has a bias: not supported")
     size, largest = len(head.weight), max(tokenizer.get_vocab().values())
     check(largest < size, f"{path}: the tokenizer has tokens up to {largest}, the model only {size}")
-    with torch.no_grad():
+    with torch.no_grad(), user_errors(Exception, f"{path}: {kind} does not compute as the scripts need it"):
         ids = torch.tensor([[tokenizer.eos_token_id] * 2])
         logits, plain = model(ids).logits, model.base_model(ids).last_hidden_state @ head.weight.T  # (1, 2, V)
-    # bf16 rounds by less; a scale or a cap changes more.
-    check((logits - plain).abs().max() <= 0.05 * plain.abs().max(),
+    check((logits - plain).abs().max() <= 0.05 * plain.abs().max(),  # bf16 rounds by less
           f"{path}: {kind} does more to its logits than its output head: not supported")  # fmt: skip
     return model
 
@@ -862,8 +864,7 @@ class Run:
             model.config.dtype = dtype  # not that of the fp32 model that was trained
             model.config.save_pretrained(self.folder)
             tokenizer.save_pretrained(self.folder)
-            ranks = dist.get_world_size()
-            command = f"torchrun --nproc_per_node {ranks} " if ranks > 1 else "python "
+            command = f"torchrun --nproc_per_node {dist.get_world_size()} " if dist.get_world_size() > 1 else "python "
             (self.folder / "README.md").write_text(
                 f"# {title}\n\nMade by\n\n```\n{command}{shlex.join(sys.argv)}\n```\n\nas in arXiv:2502.16944, with "
                 f"torch {torch.__version__}, transformers {transformers.__version__}; metrics: `metrics.jsonl`.\n",

@@ -490,7 +490,8 @@ def write_html(path: Path, results: dict, samples: list[list[str]]) -> None:
 
 def main(args: Args) -> None:
     # ---- 1 Processes -------------------------------------------------------------------------------------------------
-    device, dtype = common.init_processes(args.dtype)
+    device = common.init_processes()
+    dtype = common.compute_dtype(args.dtype, device)
     common.check_settings(args)
     common.check(args.policies, "name at least one policy, as in dvpo=runs/dvpo")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))

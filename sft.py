@@ -221,8 +221,9 @@ def heldout_loss(policy, rows: list[common.Trajectory], pad_id: int, device, arg
 
 def main(args: Args) -> None:
     # ---- 1 Processes -------------------------------------------------------------------------------------------------
-    device, dtype = common.init_processes(args.dtype)
+    device = common.init_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    dtype = common.compute_dtype(args.dtype, device)
     run = common.Run(args, __file__)
     common.check(args.batch_size % world_size == 0, f"--batch-size must be a multiple of {world_size}, the processes")
     common.check(world_size % args.dp_replicate == 0, f"{world_size} processes must be a multiple of --dp-replicate")

@@ -395,8 +395,9 @@ def key_value_cache(model, length: int) -> DynamicCache | StaticCache:
 
 def main(args: Args) -> None:
     # ---- 1 Processes -------------------------------------------------------------------------------------------------
-    device, dtype = common.init_processes(args.dtype)
+    device = common.init_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    dtype = common.compute_dtype(args.dtype, device)
     run = common.Run(args, __file__)
     share = args.num_minibatches * world_size
     common.check(args.rollout_batch_size % share == 0,

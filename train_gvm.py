@@ -227,8 +227,9 @@ def pair_accuracy(values: torch.Tensor) -> float:
 
 def main(args: Args) -> None:
     # ---- 1 Processes -------------------------------------------------------------------------------------------------
-    device, dtype = common.init_processes(args.dtype)
+    device = common.init_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    dtype = common.compute_dtype(args.dtype, device)
     run = common.Run(args, __file__)
     common.check(world_size % args.dp_replicate == 0, f"{world_size} processes must be a multiple of --dp-replicate")
     mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),

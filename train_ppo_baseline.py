@@ -505,8 +505,9 @@ def train_reward_model(args: Args, tokenizer, mesh, dtype: torch.dtype, device) 
 
 def main(args: Args) -> None:
     # ---- 1 Processes -------------------------------------------------------------------------------------------------
-    device, dtype = common.init_processes(args.dtype)
+    device = common.init_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    dtype = common.compute_dtype(args.dtype, device)
     run = common.Run(args, __file__)
     share = args.num_minibatches * world_size
     common.check(args.rollout_batch_size % share == 0,

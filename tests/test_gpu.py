@@ -33,7 +33,7 @@ def test_bf16_products_are_fp32():
 @pytest.mark.parametrize("T", [63, 64, 65, 192, 704])
 def test_gradients_under_left_padding_are_finite(T, tiny_model):
     """cuDNN's attention has given NaN at some lengths: `common.init_processes` turns it off."""
-    device, _ = common.init_processes()
+    device = common.init_processes()
     tokenizer = common.load_tokenizer(tiny_model)
     policy = common.load_policy(tiny_model, tokenizer, torch.bfloat16).to(device)
     ids = torch.randint(len(tokenizer), (4, T), device=device)
@@ -45,7 +45,7 @@ def test_gradients_under_left_padding_are_finite(T, tiny_model):
 
 def test_a_graph_samples_as_single_steps_do(tiny_model, monkeypatch):
     """In two rollouts with a training step between them: the second is recorded anew, with the new weights."""
-    device, _ = common.init_processes()
+    device = common.init_processes()
     policy = common.load_policy(tiny_model, common.load_tokenizer(tiny_model), torch.float32)
     policy = train_dvpo.shard(policy.to(device), init_device_mesh("cuda", (1,)), torch.float32)
     policy = train_dvpo.add_methods(policy, train_dvpo.token_logprobs, train_dvpo.generate)
