@@ -353,10 +353,10 @@ def from_row(row: dict, kind: str) -> Example:
 
 def read_rows(dataset: str, splits: tuple[str, ...]):
     """The rows of `NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`: a hub dataset, a folder, or a file (`READERS`)."""
-    path, *config, split = [*dataset.split(":"), ""] if ":" not in dataset else dataset.split(":")
-    file = Path(path).expanduser()
+    path, *config = dataset.split(":")
+    split, file = config.pop() if config else "", Path(path).expanduser()
     kind = READERS.get(Path(file.name.removesuffix(".gz")).suffix)
-    check(kind or not file.is_file(), f"--dataset {path}: expected {', '.join(READERS)} or a task's .py")
+    check(kind or not file.is_file(), f"--dataset {path}: expected {', '.join(READERS)} (or .gz), or a task's .py")
     check(file.exists() or not (kind or path.startswith((".", "/", "~"))), f"--dataset {path}: no such file or folder")
     import datasets  # takes a second to import, and a task needs none of it
 
@@ -372,7 +372,7 @@ def read_rows(dataset: str, splits: tuple[str, ...]):
     data = data if isinstance(data, datasets.DatasetDict) else {"train": data}
     wanted = split or next((s for s in splits if s in data), next(iter(data)))
     check(wanted in data, f"--dataset {dataset}: no split {wanted!r}; there are {', '.join(data)}")
-    log(f"dataset {path}: split {wanted!r} of {', '.join(data)}")
+    log(f"dataset {path}: split {wanted!r} (there are {', '.join(data)})")
     return data[wanted]
 
 

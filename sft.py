@@ -38,7 +38,7 @@ class Args:
     seed: int = 1
     """seed of initial weights and data order"""
     answers: Literal["auto", "chosen", "both"] = "auto"
-    """of a preference pair; auto: both where a task has an exact score (RL shall get beyond them), else chosen"""
+    """of a preference pair; auto: both where a task has an exact score, which RL then improves on; else chosen"""
     num_epochs: int = 2
     """passes over the data"""
     num_examples: int | None = None
@@ -237,12 +237,15 @@ def main(args: Args) -> None:
     # ---- 2 Data ------------------------------------------------------------------------------------------------------
     tokenizer = common.load_tokenizer(args.model_path, untrained=True)
     examples, heldout = common.load_examples(args.dataset, needs="answers")
-    scored = hasattr(common.load_task(args.dataset), "score")
-    both = args.answers == "both" or (args.answers == "auto" and scored)
+    exact_score = getattr(common.load_task(args.dataset), "score", None)
+    both = args.answers == "both" or (args.answers == "auto" and exact_score is not None)
     train_set = demonstrations(tokenizer, examples[: args.num_examples], both, args)
     heldout_set = demonstrations(tokenizer, heldout[:512], both, args, heldout=True)
-    common.log(f"{len(train_set)} answers to learn, {len(heldout_set)} held out; the first:")
+    kinds = "chosen and rejected" if both else "chosen"
+    common.log(f"{len(train_set)} answers to learn ({kinds}), {len(heldout_set)} held out; the first:")
     common.log("  prompt: {!r}\n  answer: {!r}".format(*map(tokenizer.decode, train_set[0])))
+    if exact_score:
+        common.log(f"  its exact score: {exact_score(examples[0].prompt, examples[0].chosen):g}")
 
     # ---- 3 Model -----------------------------------------------------------------------------------------------------
     policy = common.load_policy(args.model_path, tokenizer, torch.float32)

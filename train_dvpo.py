@@ -416,7 +416,7 @@ def main(args: Args) -> None:
     examples = list({str(example.prompt): example for example in examples}.values())  # each prompt once
     examples, all_prompts = common.fit_prompts(tokenizer, examples, args.max_prompt_length)
     exact_score = getattr(common.load_task(args.dataset), "score", None)  # "gold", where the task has one
-    common.log(f"{len(all_prompts)} prompts, the first: {tokenizer.decode(all_prompts[0])!r}")
+    common.log(f"{len(all_prompts)} different prompts, the first: {tokenizer.decode(all_prompts[0])!r}")
 
     # ---- 3 Models: one trained, two frozen ---------------------------------------------------------------------------
     policy = common.load_policy(args.model_path, tokenizer, torch.float32).train()
@@ -574,7 +574,7 @@ def main(args: Args) -> None:
                                   "val/eos_rate", "val/off_support"))  # fmt: skip
         if update % args.sample_every == 0 or update == args.num_updates:
             for prompt, text, score in zip(asked[:3], texts, scores.tolist()):
-                common.log(f"    score {score:+.2f}  {prompt[-1]['content'][-200:]!r} -> {text[:300]!r}")
+                common.log(f"    GVM {score:+.2f}  {prompt[-1]['content'][-200:]!r} -> {text[:300]!r}")
             if metrics["val/eos_rate"] < 0.5:
                 common.log(f"    {1 - metrics['val/eos_rate']:.0%} of the answers were cut: raise --response-length?")
             if off_support > 0.5:

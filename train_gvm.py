@@ -338,8 +338,8 @@ def main(args: Args) -> None:
     # ---- 6 Save ------------------------------------------------------------------------------------------------------
     run.save(gvm, full_state_dict(gvm, dtype), tokenizer, "Global value model (GVM)")
     if done < num_updates and "gvm/pair_accuracy" in metrics:
-        common.log(f"ranks {metrics['gvm/pair_accuracy']:.0%} of {len(heldout_set) // 2} held-out pairs rightly; with "
-                   f"half of the answer seen {metrics['gvm/pair_accuracy_half']:.0%}")  # fmt: skip
+        common.log(f"ranks {metrics['gvm/pair_accuracy']:.0%} of {len(heldout_set) // 2} held-out pairs correctly; "
+                   f"with half of the answer seen {metrics['gvm/pair_accuracy_half']:.0%}")  # fmt: skip
     common.log(f"next: python train_dvpo.py --model-path {args.model_path} --gvm-path {args.output_dir} "
                f"--dataset {args.dataset} --response-length {args.response_length}")  # fmt: skip
     common.end_processes()

@@ -532,7 +532,7 @@ def main(args: Args) -> None:
     examples = list({str(example.prompt): example for example in examples}.values())  # each prompt once
     examples, all_prompts = common.fit_prompts(tokenizer, examples, args.max_prompt_length)
     exact_score = getattr(common.load_task(args.dataset), "score", None)  # "gold", where the task has one
-    common.log(f"{len(all_prompts)} prompts, the first: {tokenizer.decode(all_prompts[0])!r}")
+    common.log(f"{len(all_prompts)} different prompts, the first: {tokenizer.decode(all_prompts[0])!r}")
 
     # ---- 3 Models: two trained, two frozen ---------------------------------------------------------------------------
     reward_path = args.reward_output_dir if args.reward_path is None else args.reward_path
@@ -709,7 +709,7 @@ def main(args: Args) -> None:
                                   "val/eos_rate", "val/off_support"))  # fmt: skip
         if update % args.sample_every == 0 or update == args.num_updates:
             for prompt, text, score in zip(asked[:3], texts, scores.tolist()):
-                common.log(f"    score {score:+.2f}  {prompt[-1]['content'][-200:]!r} -> {text[:300]!r}")
+                common.log(f"    RM {score:+.2f}  {prompt[-1]['content'][-200:]!r} -> {text[:300]!r}")
             if metrics["val/eos_rate"] < 0.5:
                 common.log(f"    {1 - metrics['val/eos_rate']:.0%} of the answers were cut: raise --response-length?")
             if off_support > 0.5:
@@ -724,7 +724,8 @@ def main(args: Args) -> None:
     # ---- 8 Save ------------------------------------------------------------------------------------------------------
     run.save(policy, full_state_dict(policy, dtype), tokenizer, "Policy trained by PPO (baseline of DVPO)")
     common.log(f"next: python evaluate.py sft={args.model_path} ppo={args.output_dir} --reference-path "
-               f"{args.model_path} --dataset {args.dataset} --response-length {args.response_length}")  # fmt: skip
+               f"{args.model_path} --gvm-path None --dataset {args.dataset} --response-length "
+               f"{args.response_length}")  # fmt: skip
     common.end_processes()
 
 

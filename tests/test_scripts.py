@@ -464,7 +464,7 @@ def test_a_run_tells_the_time_left_the_next_command_and_what_to_watch(tiny_model
     gvm = train_gvm.Args(tiny_model, output_dir=str(tmp_path / "gvm"), num_epochs=1, num_examples=32)
     train_gvm.main(gvm)
     said = capsys.readouterr().out
-    assert "% of 2000 held-out pairs rightly; with half of the answer seen " in said
+    assert "% of 2000 held-out pairs correctly; with half of the answer seen " in said
     assert f"next: python train_dvpo.py --model-path {tiny_model} --gvm-path {tmp_path / 'gvm'}" in said
 
 
