@@ -752,7 +752,8 @@ class Run:
                 self.source, self.done = checkpoint, int(checkpoint.name.removeprefix("step_"))
                 break
             log(f"{checkpoint}: {problem[0]}; trying the one before")
-        check(self.source or not found, f"{self.folder}: none of its checkpoints can be used")
+        damaged = any((path / "manifest.json").exists() for path in found)  # others were never whole
+        check(self.source or not damaged, f"{self.folder}: none of its checkpoints can be used")
         log(f"{self.folder}: going on from {self.source.name if self.source else 'the start, with no checkpoint yet'}")
 
     def checkpoints(self) -> list[Path]:

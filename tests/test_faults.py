@@ -278,6 +278,18 @@ def test_kill_9_and_resume(whole, settings, tmp_path):
     assert_identical(whole("train_dvpo"), tmp_path / "run")
 
 
+def test_kill_9_during_the_first_save(whole, settings, tmp_path, monkeypatch):
+    """There is no checkpoint before: the run starts again."""
+    flags = settings("train_dvpo", tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(common, "sha256", lambda file: (_ for _ in ()).throw(Interrupted()))
+        patch.setattr(common, "fingerprint", lambda *rest: "any")
+        train("train_dvpo", flags)
+    assert not (tmp_path / "run/checkpoints/step_000003/manifest.json").exists()
+    train("train_dvpo", flags, resume=True)
+    assert_identical(whole("train_dvpo"), tmp_path / "run")
+
+
 def test_kill_9_during_a_save(whole, settings, tmp_path):
     """Tensors are written, the manifest is not: the checkpoint before is used."""
     flags = settings("train_dvpo", tmp_path / "run")

@@ -29,6 +29,7 @@ import torch  # noqa: E402
 import tyro  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
+TASK = "tests/tasks/lists.py"
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
@@ -79,7 +80,7 @@ def outcome(pid: int) -> int:
 def flags_of(script: str, models: Path, folder: Path) -> dict:
     same = {"model_path": str(models / "sft"), "output_dir": str(folder), "checkpoint_every": 3}
     own = {
-        "sft": {"model_path": "toy", "num_examples": 160, "num_epochs": 1, "batch_size": 16},
+        "sft": {"model_path": TASK, "num_examples": 160, "num_epochs": 1, "batch_size": 16},
         "train_gvm": {"num_examples": 100, "num_epochs": 1, "batch_size": 8, "num_context_trajectories": 1},
         "train_dvpo": {"gvm_path": str(models / "gvm"), "num_updates": 20, "rollout_batch_size": 8, "kl_target": 3.0},
         "train_ppo_baseline": {"dataset": str(models / "pairs.jsonl"), "num_updates": 15, "rollout_batch_size": 8,
@@ -114,34 +115,36 @@ def trial(kind: str, script: str, models: Path, reference: tuple, seconds: float
         folder, log = Path(temporary) / "run", Path(temporary) / "log"
         flags = flags_of(script, models, folder)
         if kind == "full disk":
-            code = outcome(in_child(script, flags, log, file_size=rng.randrange(5_000, 500_000)))
+            code = outcome(in_child(script, flags, log, file_size=rng.randrange(50_000, 500_000)))
             if code != 1 or log.read_text().count("error: ") != 1:
                 return f"left with {code}: {log.read_text()[-300:]}"
         else:
             pid = in_child(script, flags, log)
-            saves = lambda: any(Path(temporary).glob("run*/checkpoints/.unfinished"))
-            found = lambda: list(Path(temporary).glob("run*/checkpoints/step_*"))
+            checkpoints = lambda whole: [path for path in Path(temporary).glob("run*/checkpoints/step_*")
+                                         if (path / "manifest.json").exists() == whole]  # fmt: skip
             start = time.monotonic()
             if kind == "kill -9 while saving":
-                after = rng.uniform(0.2, 1) * seconds
-                while time.monotonic() - start < 2 * seconds and not (time.monotonic() - start > after and saves()):
+                time.sleep(rng.uniform(0.2, 1) * seconds)
+                while time.monotonic() - start < 2 * seconds and not checkpoints(whole=False):
                     time.sleep(0.0005)
                 time.sleep(rng.uniform(0, 0.03))
             else:
                 time.sleep(rng.uniform(0, seconds))
-                while kind == "damaged checkpoint" and len(found()) < 2 and time.monotonic() - start < 2 * seconds:
+                while kind == "damaged checkpoint" and time.monotonic() - start < 2 * seconds:
+                    if len(checkpoints(whole=True)) > 1:
+                        break
                     time.sleep(0.01)
             os.kill(pid, signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL)
             code = outcome(pid)
-            if code == 0 or (kind == "damaged checkpoint" and len(found()) < 2):
+            if code == 0 or (kind == "damaged checkpoint" and len(checkpoints(whole=True)) < 2):
                 return "missed"  # it had ended already, or there was nothing to damage
-            if kind == "kill -9 while saving" and not saves():
+            if kind == "kill -9 while saving" and not checkpoints(whole=False):
                 return "missed"  # no checkpoint was left unfinished
             if kind == "SIGTERM" and code not in (128 + signal.SIGTERM, -signal.SIGTERM):
                 return f"left with {code}: {log.read_text()[-300:]}"
             if kind == "damaged checkpoint":
-                damage(max(found(), key=lambda path: path.stat().st_mtime), rng)
-        code = outcome(in_child(script, {**flags, "resume": ()}, log))
+                damage(max(checkpoints(whole=True), key=lambda path: path.stat().st_mtime), rng)
+        code = outcome(in_child(script, {**flags, "resume": True}, log))
         if code:
             return f"did not resume ({code}): {log.read_text()[-300:]}"
         return "identical" if result(folder) == reference else "different"
@@ -174,7 +177,7 @@ def cost(models: Path) -> None:
         every = module.Args().checkpoint_every
         updates = 2 * every + 1
         flags = {"output_dir": str(folder), "model_path": str(models / "sft")}
-        flags |= {"sft": {"model_path": "toy", "num_examples": 32 * updates, "num_epochs": 1},
+        flags |= {"sft": {"model_path": TASK, "num_examples": 32 * updates, "num_epochs": 1},
                   "train_gvm": {"num_examples": 32 * updates, "num_epochs": 1}}.get(
                       script, {"num_updates": updates})  # fmt: skip
         flags |= {"train_dvpo": {"gvm_path": str(models / "gvm")},
@@ -202,9 +205,10 @@ def make_models(models: Path) -> None:
     """A policy, a GVM and a reward model, trained hardly at all, and a file of pairs."""
     out = lambda name: {"output_dir": str(models / name)}
     short = {"num_examples": 320, "num_epochs": 1}
-    jobs = [("sft", {"model_path": "toy", **short, **out("sft")}),
+    jobs = [("sft", {"model_path": TASK, **short, **out("sft")}),
             ("train_gvm", {"model_path": str(models / "sft"), **short, **out("gvm")})]  # fmt: skip
-    rows = [{"prompt": e.prompt, "chosen": e.chosen, "rejected": e.rejected} for e in common.toy_examples()[0][:140]]
+    rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")}
+            for row in common.load_task(TASK).rows("train")[:140]]  # fmt: skip
     (models / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ppo = {"model_path": str(models / "sft"), "dataset": str(models / "pairs.jsonl"), "num_updates": 1}
     jobs.append(("train_ppo_baseline", {**ppo, "reward_output_dir": str(models / "rm"), **out("ppo")}))

@@ -8,8 +8,10 @@ Prints the GVM's held-out pair accuracy, overall and on pairs of similar length 
 context trajectories, beside the rule "the longer answer wins", each with a 95 % bootstrap interval over instructions.
 """
 
+import gzip
 import json
 import random
+import shutil
 import subprocess
 import sys
 import types
@@ -21,10 +23,12 @@ import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import common
-import train_gvm
-
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402
+import evaluate  # noqa: E402
+
 MAX_PROMPT, MAX_RESPONSE, NUM_PAIRS = 128, 192, 1200
 LIMITS = ["--max-prompt-length", MAX_PROMPT, "--response-length", MAX_RESPONSE]
 
@@ -57,7 +61,7 @@ def make_model(texts: list[str], folder: Path) -> None:
 
 def run(*arguments) -> None:
     print("$ python", *arguments, flush=True)
-    subprocess.run([sys.executable, ROOT / arguments[0], *map(str, arguments[1:]), "--overwrite"], check=True)
+    subprocess.run([sys.executable, ROOT / arguments[0], *map(str, arguments[1:])], check=True)
 
 
 def accuracy(right: torch.Tensor, instructions: list[str], keep: torch.Tensor) -> str:
@@ -76,7 +80,8 @@ def accuracy(right: torch.Tensor, instructions: list[str], keep: torch.Tensor) -
 def main(args: Args) -> None:
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = common.read_json(Path(args.dataset), lines=True)
+    with (gzip.open if args.dataset.endswith(".gz") else open)(args.dataset, "rt") as lines:
+        rows = [json.loads(line) for line in lines]
     instructions = sorted({row["prompt"] for row in rows})
     random.Random(0).shuffle(instructions)
     test = set(instructions[: len(instructions) // 4])
@@ -88,6 +93,9 @@ def main(args: Args) -> None:
              for side in ("chosen", "rejected")]  # fmt: skip
     make_model(texts, folder / "model")
     paths = {name: str((folder / name).resolve()) for name in ("model", "sft", "gvm", "gvm_tau", "dvpo")}
+    for path in paths.values():  # of an earlier call
+        if Path(path, ".dvpo-run").exists():
+            shutil.rmtree(path)
     data = ["--dataset", train_file, *LIMITS]
     run("sft.py", "--model-path", paths["model"], "--output-dir", paths["sft"], *data, "--num-epochs", 1,
         "--num-examples", NUM_PAIRS, "--batch-size", 32, "--micro-batch-size", 16, "--learning-rate", 1e-3)  # fmt: skip
@@ -102,8 +110,8 @@ def main(args: Args) -> None:
     device = common.init_processes()
     examples = sum(common.load_examples(str(folder / "test.jsonl"), "pairs"), [])
     tokenizer = common.load_tokenizer(paths["sft"])
-    limits = train_gvm.Args(max_prompt_length=MAX_PROMPT, response_length=MAX_RESPONSE, micro_batch_size=16)
-    answers, _ = train_gvm.tokenize(tokenizer, examples, "preference", limits)
+    limits = evaluate.Args(max_prompt_length=MAX_PROMPT, response_length=MAX_RESPONSE, micro_batch_size=16)
+    answers, _ = evaluate.tokenize(tokenizer, examples, "preference", limits)
     kept, _ = common.fit_prompts(tokenizer, examples, MAX_PROMPT)
     lengths = torch.tensor([[len(e.chosen), len(e.rejected)] for e in kept])
     asked = [e.prompt[-1]["content"] for e in kept]
@@ -112,8 +120,8 @@ def main(args: Args) -> None:
     rules = {"the longer answer wins": (lengths[:, 0] > lengths[:, 1]).float()}
     for name in ("gvm", "gvm_tau"):
         model = common.load_value_model(paths[name], tokenizer, torch.float32, fresh_head=False).eval()
-        model.token_values = types.MethodType(train_gvm.token_values, model)
-        statistics = train_gvm.heldout_statistics(model, answers, tokenizer.pad_token_id, device, limits)
+        model.token_values = types.MethodType(evaluate.token_values, model)
+        statistics = evaluate.heldout_statistics(model, answers, tokenizer.pad_token_id, device, limits)
         for statistic in ("last", "mean"):
             values = statistics[statistic].view(-1, 2)
             rules[f"{name}, {statistic} value"] = (values[:, 0] > values[:, 1]).float()

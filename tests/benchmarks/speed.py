@@ -68,12 +68,12 @@ def measure(method: str, args: Args) -> dict:
 
     cuda = torch.cuda.is_available()
     hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[args.size]
-    tokenizer = common.toy_tokenizer()
+    tokenizer = common.load_task("tests/tasks/lists.py").model()[1]
     config = dict(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, num_labels=1,
-        classifier_dropout=0.0, token_classification_bias=False, max_position_embeddings=4096,
+        max_position_embeddings=4096,
     )  # fmt: skip
 
     def random_model(auto_class, dtype):
@@ -83,8 +83,8 @@ def measure(method: str, args: Args) -> dict:
 
     common.load_tokenizer = lambda path: tokenizer
     common.load_policy = lambda path, tokenizer, dtype: random_model(transformers.AutoModelForCausalLM, dtype)
-    common.load_value_model = lambda path, tokenizer, dtype, fresh_head=False, auto_class=None: random_model(
-        auto_class or transformers.AutoModelForTokenClassification, dtype
+    common.load_value_model = lambda path, tokenizer, dtype, fresh_head: random_model(
+        transformers.AutoModelForSequenceClassification, dtype
     )
     common.fingerprint = lambda *arguments: "no files to read"
     common.Run.save = common.Run.save_checkpoint = lambda *arguments: None

@@ -11,8 +11,8 @@ as many passes over the pairs as the value model and the reward model do.
 
 Every run appends one JSON line to `--results`, so a stopped study goes on where it was. Runs go through the real
 `main` of each script, `--num-workers` side by side, each on one core. The rows behind the README are in
-`tests/benchmarks/results/study.jsonl`; those in `batch_64/` beside it are of the former defaults of the value model,
-the reward model and DPO. Rows hold the flags that differ from the defaults of their commit.
+`tests/benchmarks/results/study.jsonl.gz`, without what `study_report.py` and the tests do not read. Rows hold the flags
+that differ from the defaults.
 
 Another CPU's last bits make another run. How far results move so, the report tells of a file beside `--results`:
 
@@ -34,6 +34,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -45,6 +46,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import tyro  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
+TASK = "tests/tasks/lists.py"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "peers")]
 
 STUDY = ("base", "frontier", "advantage", "gvm", "stability", "unreliable")  # three seeds in some three hours
@@ -244,7 +246,7 @@ def cells(experiment: str, seed: int) -> list[Cell]:
         return Cell(experiment, method, setting, seed, [(script, {**paths, "output_dir": name, **flags})], name, **more)
 
     if experiment == "base":
-        sft = Cell("base", "sft", "default", seed, [("sft", {"model_path": "toy", "output_dir": "sft"})], "sft")
+        sft = Cell("base", "sft", "default", seed, [("sft", {"model_path": TASK, "output_dir": "sft"})], "sft")
         gvm = Cell("base", "gvm", "default", seed, [("train_gvm", {"output_dir": "gvm"})], None, "gvm")
         dvpo = train("dvpo", "default", {}, coef=DEFAULT["dvpo"])
         ppo = train("ppo", "default", {"reward_path": None, "reward_output_dir": "rm"}, coef=DEFAULT["ppo"])
@@ -319,18 +321,18 @@ def mean_label_by_gold() -> dict[float, float]:
     import common
 
     labels: dict[float, list[int]] = {}
-    for example in common.toy_examples()[0]:
-        prompt = example.prompt[0]["content"]
+    score = common.load_task(TASK).score
+    for example in common.load_examples(TASK, "pairs")[0]:
         for text, label in ((example.chosen, 1), (example.rejected, -1)):
-            labels.setdefault(common.toy_gold(prompt, text), []).append(label)
+            labels.setdefault(score(example.prompt, text), []).append(label)
     return {gold: statistics.mean(signs) for gold, signs in labels.items()}
 
 
 class Recorder:
     """Compares the critic of a run, GVM or online, with what came of the very answers it judged, before it saw them.
 
-    It reads what `dvpo_advantages` or `ppo_advantages` is given, and the gold scores that are logged: the scripts stay
-    as they are. `windows` has a row per tenth of the run.
+    It reads what `dvpo_advantages` or `ppo_advantages` is given, and the exact scores that the task gives: the scripts
+    stay as they are. `windows` has a row per tenth of the run.
     """
 
     def __init__(self, module):
@@ -339,10 +341,10 @@ class Recorder:
         import common
 
         self.updates, self.gold, self.pending, true_value = [], [], None, mean_label_by_gold()
-        toy_gold, log = common.toy_gold, common.Run.log
+        load_task, log = common.load_task, common.Run.log
         name = "dvpo_advantages" if hasattr(module, "dvpo_advantages") else "ppo_advantages"
         advantages = getattr(module, name)
-        self.replaced = (module, name, advantages), (common, "toy_gold", toy_gold), (common.Run, "log", log)
+        self.replaced = (module, name, advantages), (common, "load_task", load_task), (common.Run, "log", log)
 
         def recorded_dvpo(values, kl, mask, *rest):
             self.pending = values, None, mask
@@ -353,21 +355,28 @@ class Recorder:
             self.pending = values, torch.cat([ahead, scores[:, None]], 1), mask
             return advantages(values, scores, kl, mask, gamma, lam, kl_coef)
 
-        def recorded_gold(prompt, answer):
-            self.gold.append(toy_gold(prompt, answer))
-            return self.gold[-1]
+        def recorded_task(path):
+            task = load_task(path)
+            if task is None:
+                return None
+
+            def score(prompt, answer):
+                self.gold.append(task.score(prompt, answer))
+                return self.gold[-1]
+
+            return types.SimpleNamespace(**{**vars(task), "score": score})
 
         def recorded_log(run, *rest):
             if self.pending:  # not while a reward model is trained
                 values, returns, mask = self.pending
-                gold, self.gold = self.gold[-len(values) :], []  # the data, too, was scored
+                gold, self.gold = self.gold, []
                 if returns is None:
                     returns = torch.tensor([true_value[g] for g in gold])[:, None].expand_as(values)
                 self.updates.append((values, returns, mask, torch.tensor(gold)))
             return log(run, *rest)
 
         setattr(module, name, recorded_dvpo if name == "dvpo_advantages" else recorded_ppo)
-        common.toy_gold, common.Run.log = recorded_gold, recorded_log
+        common.load_task, common.Run.log = recorded_task, recorded_log
 
     def __enter__(self):
         return self
@@ -379,12 +388,12 @@ class Recorder:
     def windows(self) -> list[dict]:
         import torch
 
-        import common
+        import evaluate
 
         rows, width = [], math.ceil(len(self.updates) / 10)
         for start in range(0, len(self.updates), width):
             row = {"first_update": start + 1, "by_fraction": {}}
-            for fraction in common.FRACTIONS:
+            for fraction in evaluate.FRACTIONS:
                 parts = []
                 for values, returns, mask, gold in self.updates[start : start + width]:
                     # A critic has no use for the state after the last token: 100 % is the state before it.
@@ -395,8 +404,8 @@ class Recorder:
                     "error": ((value - actual).square().mean().sqrt() / actual.std()).item(),  # in std of the target
                     "bias": ((value - actual).mean() / actual.std()).item(),
                     "target_std": actual.std().item(),  # it shrinks as answers get better
-                    "explained_variance": common.explained_variance(value, actual),
-                    "gold_correlation": common.correlation(value, gold),
+                    "explained_variance": evaluate.explained_variance(value, actual),
+                    "gold_correlation": evaluate.correlation(value, gold),
                 }
             rows.append(row)
         return rows
@@ -418,11 +427,16 @@ def center(advantages_of):
 def stands(module, flags: dict) -> bool:
     """Has another run of this seed made this very model?"""
     folder = Path(flags["output_dir"])
-    if not (folder / "model.safetensors").exists():
+    if not (folder / "README.md").exists():
         return False
     made = json.loads((folder / "args.json").read_text())
-    wanted = json.loads(json.dumps(asdict(module.Args(**flags))))
-    return {**made, "overwrite": None} == {**wanted, "overwrite": None}
+    return made == json.loads(json.dumps(asdict(module.Args(**flags))))
+
+
+def remove_run(folder: str) -> None:
+    """Remove the folder of a run, where there is one."""
+    if Path(folder, ".dvpo-run").exists():
+        shutil.rmtree(folder)
 
 
 def run_cell(cell: Cell, folder: str) -> dict:
@@ -430,20 +444,23 @@ def run_cell(cell: Cell, folder: str) -> dict:
     import importlib
 
     import torch
-
-    import common
+    import transformers
 
     torch.set_num_threads(1)
     os.makedirs(folder, exist_ok=True)
     os.chdir(folder)
     made_with = {"commit": subprocess.getoutput(f"git -C {shlex.quote(str(ROOT))} describe --always --dirty"),
-                 **common.versions(), "cpu": torch.backends.cpu.get_cpu_capability()}  # fmt: skip
+                 "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
+                 "cpu": torch.backends.cpu.get_cpu_capability()}  # fmt: skip
     row = {"key": cell.key, "experiment": cell.experiment, "method": cell.method, "setting": cell.setting,
            "seed": cell.seed, "coef": cell.coef, "stages": cell.stages, "made_with": made_with,
            "seconds": {}}  # fmt: skip
     for script, flags in cell.stages:
-        if Path(flags.get("reward_output_dir", ""), "model.safetensors").exists():
-            flags["reward_path"] = flags["reward_output_dir"]
+        reward_dir = flags.get("reward_output_dir")
+        if reward_dir and Path(reward_dir, "README.md").exists():
+            flags["reward_path"] = reward_dir
+        elif reward_dir:
+            remove_run(reward_dir)  # what a stopped study has left
         module, flags = importlib.import_module(script), {"model_path": "sft", "seed": cell.seed, **flags}
         centered, took = flags.pop("centered", False), Path(f"{flags['output_dir']}-seconds.txt")
         if script in ("sft", "train_gvm") and took.exists() and stands(module, flags):
@@ -455,8 +472,8 @@ def run_cell(cell: Cell, folder: str) -> dict:
             if centered:
                 stack.enter_context(mock.patch.object(module, "ppo_advantages", center(module.ppo_advantages)))
             recorder = stack.enter_context(Recorder(module)) if recorded else None
-            more = {} if script in ("dpo", "grpo") else {"overwrite": True}  # what a stopped study has left
-            module.main(module.Args(**flags, **more))
+            remove_run(flags["output_dir"])  # what a stopped study has left
+            module.main(module.Args(**flags))
         row["seconds"][script] = time.perf_counter() - start
         took.write_text(str(row["seconds"][script]))
         if recorded:
@@ -547,7 +564,7 @@ def main(args: Args) -> None:
             todo = [cell for e in experiments for cell in cells(e, seed) if cell.key not in done]
             later[seed] = [cell for cell in todo if any(part in cell.key for part in args.match)]
             # What the others need is one job, made again where it is missing.
-            made = (output_dir / f"seed{seed}" / "rm" / "model.safetensors").exists()
+            made = (output_dir / f"seed{seed}" / "rm" / "README.md").exists()
             base = [cell for cell in cells("base", seed) if not made or cell.key not in done]
             if base and (later[seed] or "base" in args.only):
                 submit([base], seed)

@@ -12,6 +12,7 @@ the interval leaves out 0. Runs that are missing are left out: see the number of
 """
 
 import contextlib
+import gzip
 import json
 import math
 import statistics
@@ -45,10 +46,16 @@ NAMES |= {f"{method}_one_pass_fast": f"{NAMES[method]}, {ONE_PASS['dvpo']} updat
 
 @dataclass
 class Args:
-    results: str = str(FOLDER / "study.jsonl")
-    """what study.py has written; `rerun.jsonl` beside it is of the defaults again, with another CPU's kernels"""
+    results: str = str(FOLDER / "study.jsonl.gz")
+    """what study.py has written, perhaps gzipped; `rerun` beside it has the defaults with another CPU's kernels"""
     output_dir: str = str(FOLDER)
     """folder of report.md and the plots"""
+
+
+def read(file: Path) -> list[dict]:
+    """The rows of a .jsonl or .jsonl.gz file."""
+    with (gzip.open if file.suffix == ".gz" else open)(file, "rt") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def iqm(x: torch.Tensor) -> torch.Tensor:
@@ -426,8 +433,8 @@ def value_models(rows: list[dict]) -> None:
         print(f"\nDefault GVM less reward model: {paired(*accuracies)}")
     print("\n## Value models by fraction of the answer seen")
     lines = []
-    for (_, setting), members in group(rows, "base", "trajectories", "earlier").items():
-        if "gvm" in members[0] and not setting.startswith("gae_uncentered"):
+    for (_, setting), members in group(rows, "base", "trajectories").items():
+        if "gvm" in members[0]:
             fractions = members[0]["gvm"]["by_fraction"]
             for key in ("pair_accuracy", "explained_variance", "gold_correlation"):
                 cells = [show([row["gvm"]["by_fraction"][f][key] for row in members]) for f in fractions]
@@ -447,7 +454,7 @@ def value_models(rows: list[dict]) -> None:
     policies = defaultdict(list)
     for row in rows:
         if row["experiment"] == "base" and row["method"] == "gvm":
-            for name, values in row["gvm"].get("by_policy", {}).items():
+            for name, values in row["gvm"]["by_policy"].items():
                 policies[name].append(values)
     if policies:
         print("\n## The default GVM per behaviour policy, held-out answers")
@@ -522,8 +529,8 @@ def main(args: Args) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "study"  # the same plot is the same file
     import matplotlib.pyplot as plt
 
-    read = lambda file: [json.loads(line) for line in file.read_text().splitlines()]
-    results, rerun = Path(args.results), Path(args.results).with_name("rerun.jsonl")
+    results = Path(args.results)
+    rerun = results.with_name("rerun" + "".join(results.suffixes))
     rows, again = read(results), read(rerun) if rerun.exists() else []
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -555,16 +562,12 @@ def write_report(rows: list[dict], again: list[dict], folder: Path, plt) -> None
     simple(rows, "Stability: learning rates with one pass, against twice the default's rate", "stability_one_pass",
            default=("one_pass_fast",))  # fmt: skip
     simple(rows, "PPO with what DVPO was given", "ppo_variants")
-    simple(rows, "DPO with one pass instead of three", "dpo_one_pass")
     exploited(rows)
     simple(rows, "Without a KL penalty", "unreliable")
-    simple(rows, "Settings that were given up", "earlier", "DPO at learning rate 1e-3")
     reruns(rows, again)
     simple(rows, f"Tuning: seed {TUNING_SEED}, on which no methods are compared", "tuning")
-    untold = sum("train_gvm" in dict(row.get("stages", ())) and "train_gvm" not in row["seconds"] for row in rows)
     hours = sum(row["wall"] for row in (*rows, *again)) / 3600
-    without = f", without {untold} value models that stood already" if untold else ""
-    print(f"\nAll runs together: {hours:.1f} core hours{without}")
+    print(f"\nAll runs together: {hours:.1f} core hours")
 
 
 if __name__ == "__main__":

@@ -21,16 +21,16 @@ ROUNDS, UPDATES = 3, 25
 def naive(num_updates: int) -> list[float]:
     """Seconds of each phase and in total, per update: rows of (rollout, score, update, total)."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     import common
 
     tokenizer = AutoTokenizer.from_pretrained("runs/sft", padding_side="left")
     policy = AutoModelForCausalLM.from_pretrained("runs/sft")
     reference = AutoModelForCausalLM.from_pretrained("runs/sft").eval()
-    gvm = AutoModelForTokenClassification.from_pretrained("runs/gvm").eval()
+    gvm = AutoModelForSequenceClassification.from_pretrained("runs/gvm").eval()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-4, eps=1e-5)
-    texts = [[example.prompt[0]] for example in common.toy_examples()[0]]
+    texts = [example.prompt for example in common.load_examples("tests/tasks/lists.py", "prompts")[0]]
 
     def logprobs_of(model, sequences, mask, P):
         positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -54,7 +54,8 @@ def naive(num_updates: int) -> list[float]:
             old = logprobs_of(policy, sequences, full_mask, P)
             kl = old - logprobs_of(reference, sequences, full_mask, P)
             positions = (full_mask.cumsum(1) - 1).clamp(min=0)
-            values = gvm(sequences, attention_mask=full_mask, position_ids=positions).logits[:, P - 1 :, 0]
+            hidden = gvm.model(sequences, attention_mask=full_mask, position_ids=positions).last_hidden_state
+            values = gvm.score(hidden)[:, P - 1 :, 0]
         advantages, last = torch.zeros_like(old), torch.zeros(64)
         for t in reversed(range(old.shape[1])):
             delta = -0.05 * kl[:, t] + values[:, t + 1] - values[:, t]

@@ -24,7 +24,7 @@ import common  # noqa: E402
 class Args:
     model_path: str = "runs/sft"
     """policy and reference: local folder or hub id"""
-    dataset: str = "toy"
+    dataset: str = "tests/tasks/lists.py"
     """preference pairs"""
     output_dir: str = "runs/dpo"
     """folder of the trained policy"""

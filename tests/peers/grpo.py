@@ -16,7 +16,7 @@ from pathlib import Path
 import datasets
 import torch
 import tyro
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -30,7 +30,7 @@ class Args:
     """policy and reference: local folder or hub id"""
     reward_path: str = "runs/rm"
     """sequence-classification reward model: local folder or hub id"""
-    dataset: str = "toy"
+    dataset: str = "tests/tasks/lists.py"
     """where the prompts come from"""
     output_dir: str = "runs/grpo"
     """folder of the trained policy"""
@@ -55,7 +55,8 @@ class Args:
 
 
 def main(args: Args) -> None:
-    common.check_multiple("--rollout-batch-size", args.rollout_batch_size, args.num_minibatches, "--num-minibatches")
+    whole = args.rollout_batch_size % args.num_minibatches == 0
+    common.check(whole, "--rollout-batch-size must be a multiple of --num-minibatches")
     tokenizer = common.load_tokenizer(args.model_path)
     examples, _ = common.load_examples(args.dataset, needs="prompts")
     prompts = [{"prompt": e.prompt} for e in {str(e.prompt): e for e in examples}.values()]
@@ -81,7 +82,7 @@ def main(args: Args) -> None:
         report_to="none",
         disable_tqdm=True,
     )
-    rm = common.load_value_model(args.reward_path, tokenizer, torch.float32, False, AutoModelForSequenceClassification)
+    rm = common.load_value_model(args.reward_path, tokenizer, torch.float32, fresh_head=False)
     rm = rm.eval().to(config.device)
 
     @torch.no_grad()
