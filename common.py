@@ -601,10 +601,8 @@ def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
 
 
 def condition(rng: random.Random, prompt_ids: list[int], pool: list[Trajectory], k: int, max_length: int) -> list[int]:
-    """`prompt_ids` behind at most `k` trajectories (tau in the paper) of one policy's `pool`, each cut to `max_length`.
-
-    None of them is on the same prompt, so none can leak its answer.
-    """
+    """`prompt_ids` behind at most `k` trajectories (tau in the paper) of one policy's `pool`, each cut to `max_length`;
+    none of them is on the same prompt, so none can leak its answer."""
     drawn = [other for other in rng.sample(pool, min(len(pool), 8 + k)) if other[0] != prompt_ids][:k]
     context = []
     for before, answer in drawn:
