@@ -20,7 +20,7 @@ import math
 import os
 import random
 import types
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -47,7 +47,7 @@ class Args:
     gvm_path: str | None = "runs/gvm"
     """global value model to examine: local folder or hub id; None for none"""
     dataset: str = "tests/tasks/lists.py"
-    """a task's file, a hub name or a local file or folder: its held-out part; as NAME:SPLIT: all of that split"""
+    """a task's file, a hub name or a local file or folder: its held-out part; NAME:SPLIT or NAME:all: all of it"""
     output_dir: str = "runs/eval"
     """folder of results.json, report.html and answers.json"""
 
@@ -65,7 +65,7 @@ class Args:
     response_length: int = 20
     """tokens; longer answers are cut"""
     temperature: float = 1.0
-    """of sampling and of log-probs"""
+    """of sampling and of log-probs; 0 samples greedily, with log-probs at 1"""
 
     # Machine
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -403,8 +403,10 @@ def heldout_statistics(gvm, answers: list[Answer], pad_id: int, device, args: Ar
 
 # ---- Statistics ------------------------------------------------------------------------------------------------------
 def interval(x: torch.Tensor, resamples: int = 2_000) -> dict[str, float]:
-    """Mean of `x (prompts, samples)` and its 95 % bootstrap interval over prompts."""
+    """Mean of `x (prompts, samples)` and, of at least ten prompts, its 95 % bootstrap interval over prompts."""
     means = x.double().mean(1)  # (prompts,)
+    if len(means) < 10:
+        return {"mean": means.mean().item()}
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(means), (resamples, len(means)), generator=generator)
     low, high = means[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
@@ -425,12 +427,12 @@ def sample(name, policy, reference, gvm, prompts: list[list[int]], end_ids, pad_
     for rows in mine.split(args.micro_batch_size):
         prompt_ids, prompt_mask = (x.to(device) for x in common.pad([prompts[i] for i in rows], pad_id, "left"))
         response_ids, response_mask = policy.generate(
-            prompt_ids, prompt_mask, uniforms[rows].to(device), end_ids, pad_id, args.temperature
+            prompt_ids, prompt_mask, uniforms[rows].to(device), end_ids, pad_id, args.temperature or 1e-4
         )
         batch = torch.cat([prompt_ids, response_ids], 1), torch.cat([prompt_mask, response_mask], 1), response_mask
         batch = common.crop(*batch)
-        logprobs, _ = policy.token_logprobs(*batch, args.temperature)  # (rows, r), r at most R
-        ref_logprobs, _ = reference.token_logprobs(*batch, args.temperature)
+        logprobs, _ = policy.token_logprobs(*batch, args.temperature or 1.0)  # (rows, r), r at most R
+        ref_logprobs, _ = reference.token_logprobs(*batch, args.temperature or 1.0)
         kl = (logprobs - ref_logprobs).sum(1)  # (rows,)
         ended = torch.isin(response_ids.gather(1, response_mask.sum(1, keepdim=True) - 1)[:, 0], end_ids)
         parts.append((response_ids, response_mask, kl, ended))
@@ -448,7 +450,12 @@ def sample(name, policy, reference, gvm, prompts: list[list[int]], end_ids, pad_
 # ---- Report ----------------------------------------------------------------------------------------------------------
 def policy_table(policies: dict) -> list[list[str]]:
     """Header and one row of texts per policy."""
-    show = lambda x: f"{x['mean']:.3f} [{x['low']:.3f}, {x['high']:.3f}]" if isinstance(x, dict) else f"{x:.3f}"
+
+    def show(x):
+        if not isinstance(x, dict):
+            return f"{x:.3f}"
+        return f"{x['mean']:.3f}" + (f" [{x['low']:.3f}, {x['high']:.3f}]" if "low" in x else "")
+
     columns = [c for c in ("gold", "gvm_score", "kl", "response_length", "eos_rate", "win_rate")
                if any(c in row for row in policies.values())]  # fmt: skip
     rows = [[name, *(show(row[c]) if c in row else "-" for c in columns)] for name, row in policies.items()]
@@ -460,7 +467,9 @@ def caption(policies: dict) -> str:
     judge = next((row["win_rate"]["judge"] for row in policies.values() if "win_rate" in row), None)
     if judge is None:
         return "no judge of answers: neither an exact score nor a GVM"
-    text = f"95 % bootstrap intervals over prompts; win rate by {judge} against the first policy, ties half"
+    text = (
+        f"95 % bootstrap intervals over prompts, ten at least; win rate by {judge} against the first policy, ties half"
+    )
     if judge == "gvm_score":
         text += "; the GVM is no impartial judge of a policy that was trained against it"
     return text
@@ -492,7 +501,7 @@ def main(args: Args) -> None:
     # ---- 1 Processes -------------------------------------------------------------------------------------------------
     device = common.init_processes()
     dtype = common.compute_dtype(args.dtype, device)
-    common.check_settings(args)
+    common.check_settings(replace(args, temperature=args.temperature or 1.0))
     common.check(args.policies, "name at least one policy, as in dvpo=runs/dvpo")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for policy in args.policies:
@@ -504,16 +513,21 @@ def main(args: Args) -> None:
     tokenizer = common.load_tokenizer(args.reference_path)
     for path in paths.values():
         common.check_same_tokenizer(args.reference_path, tokenizer, path)
-    train, heldout = common.load_examples(args.dataset, needs="prompts")
-    heldout = train + heldout if ":" in args.dataset else heldout
+    train, heldout = common.load_examples(args.dataset.removesuffix(":all"), needs="prompts")
+    everything = train + heldout
+    heldout = everything if ":" in args.dataset else heldout
+    common.log(
+        f"{len(heldout)} of {len(everything)} examples are evaluated; {args.dataset.partition(':')[0]}:all takes all"
+    )
     common.check(
-        heldout, f"--dataset {args.dataset}: none of its few prompts is held out; name a split to use all of it"
+        heldout, f"--dataset {args.dataset}: none of its few prompts is held out; {args.dataset}:all takes all"
     )
     heldout, tokens = common.fit_prompts(tokenizer, heldout, args.max_prompt_length)
     unique = {str(example.prompt): (example, ids) for example, ids in zip(heldout, tokens)}
     asked, prompts = zip(*list(unique.values())[: args.num_prompts])
     asked = [example.prompt for example in asked for _ in range(args.samples_per_prompt)]  # messages
     questions = [messages[-1]["content"] for messages in asked]
+    spoken = ["\n\n".join(f"{m['role']}: {m['content']}" for m in messages) for messages in asked]
     exact_score = getattr(common.load_task(args.dataset), "score", None)  # "gold", where the task has one
     repeated = [prompt for prompt in prompts for _ in range(args.samples_per_prompt)]
     common.log(f"{len(prompts)} held-out prompts x {args.samples_per_prompt} answers")
@@ -542,7 +556,7 @@ def main(args: Args) -> None:
 
     # ---- 4 Policies --------------------------------------------------------------------------------------------------
     by_prompt = lambda x: x.double().view(len(prompts), args.samples_per_prompt)
-    samples = [["prompt", *paths], *([q] for q in questions[:: args.samples_per_prompt][:10])]
+    samples = [["prompt", *paths], *([text] for text in spoken[:: args.samples_per_prompt][:10])]
     baseline, written = None, []
     for name, path in paths.items():
         policy = frozen(common.load_policy(path, tokenizer, dtype))

@@ -106,7 +106,7 @@ class FusedLogprobs(torch.autograd.Function):
         hidden, weight, labels, logsumexp = ctx.saved_tensors
         g = -grad_logprobs[:, None] / ctx.temperature  # (N, 1)
         grad_hidden = torch.zeros_like(hidden, dtype=g.dtype)  # (N, H) summed in fp32
-        grad_weight = torch.empty_like(weight)  # (V, H)
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # (V, H) a frozen head has none
         scaled = (g * hidden).to(hidden.dtype)  # (N, H)
         for start in range(0, len(weight), ctx.chunk_size):
             slice_ = weight[start : start + ctx.chunk_size]  # (chunk, H)
@@ -117,7 +117,8 @@ class FusedLogprobs(torch.autograd.Function):
             residual.scatter_add_(1, column[:, None], -(place == column)[:, None].to(residual.dtype))
             residual = residual.to(weight.dtype)
             grad_hidden += project(residual, slice_.T)
-            grad_weight[start : start + ctx.chunk_size] = project(residual.T, scaled.T)
+            if grad_weight is not None:
+                grad_weight[start : start + ctx.chunk_size] = project(residual.T, scaled.T)
             del residual
         return grad_hidden.mul_(g).to(hidden.dtype), grad_weight, None, None, None
 

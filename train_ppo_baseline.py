@@ -167,7 +167,7 @@ class FusedLogprobs(torch.autograd.Function):
         hidden, weight, labels, logsumexp = ctx.saved_tensors
         g = -grad_logprobs[:, None] / ctx.temperature  # (N, 1)
         grad_hidden = torch.zeros_like(hidden, dtype=g.dtype)  # (N, H) summed in fp32
-        grad_weight = torch.empty_like(weight)  # (V, H)
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # (V, H) a frozen head has none
         scaled = (g * hidden).to(hidden.dtype)  # (N, H)
         for start in range(0, len(weight), ctx.chunk_size):
             slice_ = weight[start : start + ctx.chunk_size]  # (chunk, H)
@@ -178,7 +178,8 @@ class FusedLogprobs(torch.autograd.Function):
             residual.scatter_add_(1, column[:, None], -(place == column)[:, None].to(residual.dtype))
             residual = residual.to(weight.dtype)
             grad_hidden += project(residual, slice_.T)
-            grad_weight[start : start + ctx.chunk_size] = project(residual.T, scaled.T)
+            if grad_weight is not None:
+                grad_weight[start : start + ctx.chunk_size] = project(residual.T, scaled.T)
             del residual
         return grad_hidden.mul_(g).to(hidden.dtype), grad_weight, None, None, None
 
@@ -621,9 +622,8 @@ def main(args: Args) -> None:
         # ---- 6 Update: PPO-clip on the policy, clipped value loss on the critic --------------------------------------
         start = common.clock(device)
         steps = []
-        # Epochs and minibatches are one loop, so that one `break` ends both.
         shuffled = [torch.randperm(B, generator=generator) for _ in range(args.num_epochs)]
-        for minibatch in [rows for epoch in shuffled for rows in epoch.chunk(args.num_minibatches)]:
+        for minibatch in [rows for epoch in shuffled for rows in epoch.chunk(args.num_minibatches)]:  # `break` ends all
             num_tokens = response_mask[minibatch].sum()  # of all ranks and micro-batches, so neither changes the loss
             rows = common.by_length(minibatch.chunk(world_size)[rank], attention_mask)
             sums = 0  # over the tokens, in the order in which section 7 unpacks their means
@@ -709,7 +709,8 @@ def main(args: Args) -> None:
                                   "val/eos_rate", "val/off_support"))  # fmt: skip
         if update % args.sample_every == 0 or update == args.num_updates:
             for prompt, text, score in zip(asked[:3], texts, scores.tolist()):
-                common.log(f"    RM {score:+.2f}  {prompt[-1]['content'][-200:]!r} -> {text[:300]!r}")
+                said = " | ".join(message["content"] for message in prompt)
+                common.log(f"    RM {score:+.2f}  {said[-200:]!r} -> {text[:300]!r}")
             if metrics["val/eos_rate"] < 0.5:
                 common.log(f"    {1 - metrics['val/eos_rate']:.0%} of the answers were cut: raise --response-length?")
             if off_support > 0.5:

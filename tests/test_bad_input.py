@@ -307,6 +307,15 @@ def spoil(folder: Path, damage: str) -> None:
 
         torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
+    elif damage == "an adapter":
+        (folder / "config.json").rename(folder / "adapter_config.json")
+    elif damage == "quantised":
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        (folder / "config.json").write_text(json.dumps(config))
+    elif damage == "outputs as tuples":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "return_dict": False}))
     elif damage == "code of its own":  # which must not be run
         config = json.loads((folder / "config.json").read_text())
         config.update(model_type="mine", auto_map={"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"})
@@ -317,12 +326,14 @@ def spoil(folder: Path, damage: str) -> None:
 @pytest.mark.parametrize(
     "damage",
     ["no weights", "half the weights", "weights that are none", "no config", "a config that is no JSON",
-     "an unknown architecture", "no tokenizer", "a tokenizer that is no JSON", "pickled weights", "code of its own"],
+     "an unknown architecture", "no tokenizer", "a tokenizer that is no JSON", "pickled weights", "code of its own",
+     "an adapter", "quantised", "outputs as tuples"],
 )  # fmt: skip
 def test_damaged_models(damage, fails, tiny_model, tmp_path):
     folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     spoil(folder, damage)
-    fails(sft, "model: (cannot load|the tokenizer has no)", model_path=str(folder))
+    kinds = "cannot load|the tokenizer has no|an adapter: merge|quantised weights|llama does not compute"
+    fails(sft, f"model: ({kinds})", model_path=str(folder))
     assert not (folder / "executed").exists()
 
 
@@ -400,6 +411,15 @@ def test_a_reward_model_that_stands_there(fails, tiny_model, tmp_path):
           reward_output_dir=str(tmp_path / "rm"))  # fmt: skip
 
 
+def test_a_config_does_not_name_the_attention(tiny_model, tmp_path):
+    """transformers would ask the hub for the code of such a kernel."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "_attn_implementation": "owner/kernel"}))
+    policy = common.load_policy(str(folder), common.load_tokenizer(str(folder)), torch.float32)
+    assert policy.config._attn_implementation == "sdpa"
+
+
 def test_a_head_of_the_wrong_width(fails, tiny_model, tmp_path):
     from transformers import AutoModelForSequenceClassification
 
@@ -456,7 +476,7 @@ def test_bad_evaluations(policies, message, fails, tiny_model):
 
 def test_nothing_is_held_out(make, fails, tiny_model):
     prompt = next(f"list {i}" for i in range(999) if random.Random(f"list {i}").random() >= 0.05)
-    fails(evaluate, "none of its few prompts is held out", policies=(f"a={tiny_model}",), reference_path=tiny_model,
+    fails(evaluate, "is held out; .*:all takes all", policies=(f"a={tiny_model}",), reference_path=tiny_model,
           gvm_path=None, dataset=make([{**PAIR, "prompt": prompt}]))  # fmt: skip
 
 
@@ -468,6 +488,17 @@ def test_a_conditioned_gvm_must_know_who_wrote_the_pairs(make, fails, tiny_model
     monkeypatch.delattr(evaluate, "generate")
     fails(evaluate, "does not say who wrote each answer", policies=(f"a={tiny_model}",), reference_path=tiny_model,
           gvm_path=str(folder), dataset=make([PAIR]) + ":train")  # fmt: skip
+
+
+def test_a_policy_that_is_not_finite_wins_nothing(fails, tiny_model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "nan"))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.weight"][0, 0] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(common.UserError, match="bad: its log-probs or the reference's are not finite"):
+        evaluate.main(evaluate.Args((f"bad={folder}",), tiny_model, None, num_prompts=4, output_dir=str(tmp_path)))
 
 
 # ---- Paths, permissions, environment ---------------------------------------------------------------------------------

@@ -376,6 +376,26 @@ def test_a_prompt_depends_on_no_day_and_starts_no_thoughts():
     assert "<unk>" in tokenizer.apply_chat_template(prompt, tokenize=False)
 
 
+def test_a_forced_thought_is_closed():
+    tokenizer, prompt = lists.model()[1], [{"role": "user", "content": "list two metals"}]
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
+    ids = common.tokenize_prompt(tokenizer, prompt)
+    assert tokenizer.convert_ids_to_tokens(ids)[-2:] == ["<think>", "</think>"]
+
+
+@pytest.mark.parametrize("template", [
+    "{{ raise_exception('no') }}", "{% for %}", "{{ 1 / 0 }}", "{{ messages + 1 }}", "nothing of it",
+])  # fmt: skip
+def test_templates_that_fail_are_no_traceback(template):
+    """An answer then ends with EOS; prompts that are refused are dropped and counted."""
+    tokenizer = lists.model()[1]
+    tokenizer.chat_template = template
+    assert common.end_of_turn_id(tokenizer) == tokenizer.eos_token_id
+    if template != "nothing of it":
+        assert common.tokenize_prompt(tokenizer, [{"role": "user", "content": "list two metals"}]) == []
+
+
 def test_of_several_chat_templates_the_default_is_used_and_saved(tmp_path):
     tokenizer, prompt = lists.model()[1], [{"role": "user", "content": "list two metals"}]
     plain = common.tokenize_prompt(tokenizer, prompt)

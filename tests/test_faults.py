@@ -440,6 +440,36 @@ def test_settings_that_cannot_be_read(text, stopped):
         train("train_dvpo", flags, resume=True)
 
 
+@pytest.mark.parametrize("damage", ["torn", "a row less", "gone"])
+def test_a_damaged_log_is_refused(damage, stopped):
+    """Rows before the checkpoint cannot be made again."""
+    flags, folder = stopped
+    file = folder / "metrics.jsonl"
+    rows = file.read_text().splitlines(keepends=True)
+    if damage == "gone":
+        file.unlink()
+    else:
+        rows[2] = rows[2][:20] + "\n" if damage == "torn" else ""
+        file.write_text("".join(rows))
+    with pytest.raises(common.UserError, match="metrics.jsonl: .*the run cannot go on"):
+        train("train_dvpo", flags, resume=True)
+
+
+def test_a_model_that_is_not_finite_is_not_saved(settings, tmp_path, monkeypatch):
+    full = sft.full_state_dict
+    monkeypatch.setattr(sft, "full_state_dict", lambda *args: {k: v * torch.nan for k, v in full(*args).items()})
+    with pytest.raises(common.UserError, match="not saved, as .* is not finite"):
+        train("sft", settings("sft", tmp_path / "run"))
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_reader_that_leaves_does_not_end_a_run(settings, tmp_path):
+    """`python train_dvpo.py | head`: what is printed is dropped."""
+    patch = "def close():\n    r, w = os.pipe(); os.dup2(w, 1); os.close(r); os.close(w)\nat_update(2, close)"
+    result = launch("train_dvpo", settings("train_dvpo", tmp_path / "run"), patch, tmp_path)
+    assert result.returncode == 0 and result.stderr == "" and len(read_metrics(tmp_path / "run")) == 8
+
+
 def test_other_data_are_refused(stopped, pairs, tmp_path):
     flags, _ = stopped
     before = open(pairs).read()

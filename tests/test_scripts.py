@@ -453,6 +453,61 @@ def test_the_gvm_approaches_the_exact_value_function(td_lambda, tiny_model, tmp_
         assert row[3].item() == pytest.approx(worth[words], abs=0.15)  # the end of the answer
 
 
+# ---- What is saved is what was loaded --------------------------------------------------------------------------------
+def edit_config(folder, **changes):
+    config = json.loads((Path(folder) / "config.json").read_text())
+    (Path(folder) / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def test_a_head_of_its_own_survives_a_config_that_ties_it(tiny_model, some_pairs, tmp_path):
+    """transformers does not tie where the file holds both matrices; nor may saving."""
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    edit_config(folder, tie_word_embeddings=True)
+    sft.main(sft.Args(str(folder), some_pairs, str(tmp_path / "out"), num_epochs=1, learning_rate=0.0))
+    before, after = load_weights(tiny_model), load_weights(tmp_path / "out")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert not json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
+
+
+def test_a_models_own_stop_tokens_end_its_answers(tiny_model, tiny_gvm, tmp_path):
+    """GLM-4's answers end with the next role's mark, which only its generation settings say."""
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 3]}))
+    args = train_dvpo.Args(str(folder), tiny_gvm, output_dir=str(tmp_path / "out"), num_updates=1, rollout_batch_size=8)
+    train_dvpo.main(args)
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [1, 3]
+
+
+def test_a_frozen_head_gets_no_gradient():
+    hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(20, 8)
+    logprobs, _ = train_dvpo.fused_logprobs(hidden, weight, torch.arange(5))
+    logprobs.sum().backward()
+    assert hidden.grad.abs().sum() > 0 and weight.grad is None
+
+
+# ---- Evaluating one's own file ---------------------------------------------------------------------------------------
+def test_evaluation_of_a_small_file(tiny_model, tmp_path, capsys):
+    """What is held out is told, with the way to all; no interval of a few prompts; a whole conversation is shown."""
+    import evaluate
+
+    turns = [{"role": "user", "content": "list two animals"}, {"role": "assistant", "content": "dog and cow."}]
+    rows = [{"prompt": [*turns, {"role": "user", "content": f"list {n} metals"}], "chosen": "tin.", "rejected": "dog."}
+            for n in (*lists.NUMBERS, "the", "or")]  # fmt: skip
+    data = tmp_path / "mine.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = evaluate.Args((f"a={tiny_model}",), tiny_model, None, f"{data}:all", str(tmp_path / "eval"), temperature=0.0)
+    results = []
+    for seed in (1, 2):
+        args.seed = seed
+        evaluate.main(args)
+        results.append(json.loads((tmp_path / "eval" / "answers.json").read_text()))
+    assert results[0] == results[1]  # greedy, whatever the seed
+    assert f"{len(rows)} of {len(rows)} examples are evaluated" in capsys.readouterr().out
+    page = (tmp_path / "eval" / "report.html").read_text()
+    assert "list two animals" in page and "dog and cow." in page
+    assert evaluate.interval(torch.ones(9, 2)).keys() == {"mean"} != evaluate.interval(torch.ones(10, 2)).keys()
+
+
 # ---- What a run says -------------------------------------------------------------------------------------------------
 def test_a_run_tells_the_time_left_the_next_command_and_what_to_watch(tiny_model, tiny_gvm, tmp_path, capsys):
     args = train_dvpo.Args(tiny_model, tiny_gvm, output_dir=str(tmp_path / "dvpo"), num_updates=2, rollout_batch_size=8,
