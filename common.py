@@ -509,7 +509,8 @@ def control_ids(tokenizer) -> set[int]:
 def tokenize_answers(tokenizer, answers: list[str], max_length: int) -> list[list[int]]:
     """Token ids of answers without control tokens, each with its end-of-turn token, cut to `max_length`."""
     end, controls = end_of_turn_id(tokenizer), control_ids(tokenizer)
-    texts = tokenizer(answers, add_special_tokens=False).input_ids if answers else []
+    parts = [answers[i : i + 1000] for i in range(0, len(answers), 1000)]  # all at once take 168 bytes a token
+    texts = [ids for part in parts for ids in tokenizer(part, add_special_tokens=False).input_ids]
     tokens = [[i for i in ids if i not in controls] + [end] for ids in texts]
     unknown = sum(ids.count(tokenizer.unk_token_id) for ids in texts) / max(1, sum(map(len, texts)))
     if unknown:

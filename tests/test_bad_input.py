@@ -113,7 +113,7 @@ FILES = [
     ("no gzip", "data.jsonl.gz", "plain text", "neither readable here"),
     ("half a gzip", "data.jsonl.gz", gzip.compress(json.dumps(PAIR).encode() * 99)[:-9], "neither readable here"),
     ("no parquet", "data.parquet", "plain text", "neither readable here"),
-    ("an unknown ending", "data.txt", "a,b\n", "expected .jsonl, .json, .csv, .parquet or a task's .py"),
+    ("an unknown ending", "data.txt", "a,b\n", "expected .jsonl, .json, .csv, .parquet .or .gz., or a task's .py"),
     ("an unknown ending, compressed", "data.txt.gz", "a", "expected .jsonl, .json"),
     ("a task without columns", "task.py", "def rows(split):\n    return [{'text': 'a'}]\n", "fit none of"),
     ("a task without rows", "task.py", "def rows(split):\n    return []\n", "no rows"),
