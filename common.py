@@ -57,6 +57,7 @@ def user_errors(kinds, message: str):
 
 def parse(args_class):
     """The command line as an `args_class`; of a machine's processes only the first prints help or errors."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `Run.start`, Ctrl-C just ends it
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends in silence
     args = tyro.cli(args_class, console_outputs=os.environ.get("LOCAL_RANK", "0") == "0")
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
@@ -71,8 +72,6 @@ def one_line_errors():
     """
     try:
         yield
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
     except (Exception, dcp.CheckpointException) as error:
         line, text = None, str(error)
         if isinstance(error, UserError):
@@ -240,9 +239,9 @@ def load_task(path: str):
     """What the task file `path` defines; None where `path` names anything else. See tests/tasks/lists.py."""
     if not path.endswith(".py"):
         return None
-    places = Path(path).expanduser(), Path(__file__).parent / path  # the defaults are found from any working directory
-    file = next((place for place in places if place.is_file()), None)
-    check(file, f"{path}: no such file")
+    file = Path(path).expanduser()
+    file = file if file.is_file() else Path(__file__).parent / path  # the defaults are found from anywhere
+    check(file.is_file(), f"{path}: no such file")
     return types.SimpleNamespace(**runpy.run_path(str(file)))
 
 
@@ -485,12 +484,10 @@ def end_of_turn_id(tokenizer) -> int:
 
 def tokenize_prompt(tokenizer, prompt: list[dict]) -> list[int]:
     """Token ids of a chat-formatted prompt, up to where the answer starts; empty where the template refuses it."""
-    template = tokenizer.chat_template
-    if "strftime_now" in template:
-        template = FIXED_CLOCK + template
+    clock = FIXED_CLOCK if "strftime_now" in tokenizer.chat_template else ""
     try:  # Mistral's and Gemma's refuse system messages
-        text = tokenizer.apply_chat_template(prompt, chat_template=template, tokenize=False, add_generation_prompt=True,
-                                             **TEMPLATE_ARGUMENTS)  # fmt: skip
+        text = tokenizer.apply_chat_template(prompt, chat_template=clock + tokenizer.chat_template, tokenize=False,
+                                             add_generation_prompt=True, **TEMPLATE_ARGUMENTS)  # fmt: skip
     except Exception:  # whatever else a template raises
         return []
     if text.rstrip().endswith("<think>"):  # forced by some: no dataset holds any thoughts
@@ -636,6 +633,8 @@ def load_config(path: str):
     config = load_pretrained(transformers.AutoConfig, path)
     check(not hasattr(config, "quantization_config"), f"{path}: quantised weights cannot be trained: dequantise them")
     config._attn_implementation = None  # ours to name: a config may ask for code from the hub
+    scaled = (getattr(config, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope")
+    check(not scaled, f"{path}: its positions depend on the longest answer of a batch: not supported")
     for name, value in vars(config).items():
         if name.endswith(("dropout", "pdrop", "dropout_prob", "dropout_rate")) and isinstance(value, float):
             setattr(config, name, 0.0)
@@ -650,28 +649,30 @@ def load_policy(path: str, tokenizer, dtype: torch.dtype):
     else:
         model, info = load_pretrained(transformers.AutoModelForCausalLM, path, config=load_config(path), dtype=dtype,
                                       use_safetensors=True, output_loading_info=True)  # fmt: skip
-        # A value or reward model lacks nothing where embeddings are tied.
-        wrong = info["missing_keys"] or "score.weight" in info["unexpected_keys"]
+        wrong = info["missing_keys"] or "score.weight" in info["unexpected_keys"]  # nothing is missing where tied
         check(not wrong, f"{path}: no language model: it lacks an output head, or is a value or reward model")
-    # What ends an answer travels with the checkpoint; of the base model's own generation settings nothing else does.
-    given = model.generation_config.eos_token_id
-    ends = {end_of_turn_id(tokenizer), tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])} - {
-        None
-    }
-    pad_id = tokenizer.pad_token_id
+    given = model.generation_config.eos_token_id  # of its generation settings, what ends an answer goes on with it
+    given = given if isinstance(given, list) else [given] if given is not None else []
+    ends, pad_id = {end_of_turn_id(tokenizer), tokenizer.eos_token_id, *given}, tokenizer.pad_token_id
     model.generation_config = transformers.GenerationConfig(eos_token_id=sorted(ends), pad_token_id=pad_id)
     head, kind = model.get_output_embeddings(), model.config.model_type
     model.config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight  # whatever the config said
     check(getattr(model.config, "final_logit_softcapping", None) is None,  # too little to be measured below
           f"{path}: {kind} uses final_logit_softcapping: not supported")  # fmt: skip
     check(getattr(head, "bias", None) is None, f"{path}: {kind}'s output head has a bias: not supported")
-    size, largest = len(head.weight), max(tokenizer.get_vocab().values())
-    check(largest < size, f"{path}: the tokenizer has tokens up to {largest}, the model only {size}")
+    check(max(tokenizer.get_vocab().values()) < len(head.weight), f"{path}: the model lacks tokens of its tokenizer")
+    check(all(p.isfinite().all() for p in model.parameters()), f"{path}: its weights are not finite")
     with torch.no_grad(), user_errors(Exception, f"{path}: {kind} does not compute as the scripts need it"):
-        ids = torch.tensor([[tokenizer.eos_token_id] * 2])
-        logits, plain = model(ids).logits, model.base_model(ids).last_hidden_state @ head.weight.T  # (1, 2, V)
-    check((logits - plain).abs().max() <= 0.05 * plain.abs().max(),  # bf16 rounds by less
+        ids = torch.arange(6)[None]
+        logits, hidden = model(ids).logits, model.base_model(ids).last_hidden_state  # (1, 6, V), (1, 6, H)
+        first = model.base_model(ids[:, :3], use_cache=True)
+        name = "cache" if "cache" in first else "past_key_values"
+        cached = model.base_model(ids[:, 3:], use_cache=True, **{name: first.get(name)}).last_hidden_state  # (1, 3, H)
+    plain = hidden @ head.weight.T  # bf16 rounds by less than what is allowed below
+    check((logits - plain).abs().max() <= 0.05 * plain.abs().max(),
           f"{path}: {kind} does more to its logits than its output head: not supported")  # fmt: skip
+    check((cached - hidden[:, 3:]).abs().max() <= 0.05 * hidden.abs().max(),
+          f"{path}: {kind} does not go on from a key-value cache: not supported")  # fmt: skip
     return model
 
 
@@ -681,8 +682,7 @@ def load_value_model(path: str, tokenizer, dtype: torch.dtype, fresh_head: bool)
     config, auto_class = load_config(path), transformers.AutoModelForSequenceClassification
     right = fresh_head or config.num_labels == 1
     check(right, f"{path}: the head has {config.num_labels} outputs, expected 1; is it a GVM or a reward model?")
-    config.num_labels = 1
-    config.pad_token_id = tokenizer.pad_token_id  # transformers' own head finds an answer's end by it
+    config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id  # by which transformers finds an answer's end
     model, info = load_pretrained(auto_class, path, config=config, dtype=dtype, use_safetensors=True,
                                   output_loading_info=True)  # fmt: skip
     head, missing = getattr(model, "score", None), set(info["missing_keys"])

@@ -229,13 +229,12 @@ CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else 
 def key_value_cache(model, length: int) -> DynamicCache | StaticCache:
     """An empty cache for `length` tokens: a static one on a GPU, where `replayed` can repeat a model's step.
 
-    That is where Python decides nothing in it: no sliding window, no scaled positions, no experts, a plain SDPA mask.
+    That is where Python decides nothing in it: no sliding window, no experts, a plain SDPA mask.
     """
-    config, rope = model.config, getattr(model.config, "rope_parameters", None) or {}
+    config = model.config
     plain = model._can_compile_fullgraph and config._attn_implementation == "sdpa"
-    scaled = rope.get("rope_type") in ("dynamic", "longrope")
     experts = any("expert" in name for name, _ in model.named_modules())
-    if model.device.type == "cuda" and plain and not scaled and not experts:
+    if model.device.type == "cuda" and plain and not experts:
         cache = StaticCache(config, max_cache_len=length)
         if all(type(layer) is StaticLayer for layer in cache.layers):
             return cache

@@ -307,6 +307,10 @@ def spoil(folder: Path, damage: str) -> None:
 
         torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
+    elif damage == "scaled positions":
+        config = json.loads((folder / "config.json").read_text())
+        config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+        (folder / "config.json").write_text(json.dumps(config))
     elif damage == "an adapter":
         (folder / "config.json").rename(folder / "adapter_config.json")
     elif damage == "quantised":
@@ -327,12 +331,12 @@ def spoil(folder: Path, damage: str) -> None:
     "damage",
     ["no weights", "half the weights", "weights that are none", "no config", "a config that is no JSON",
      "an unknown architecture", "no tokenizer", "a tokenizer that is no JSON", "pickled weights", "code of its own",
-     "an adapter", "quantised", "outputs as tuples"],
+     "an adapter", "quantised", "outputs as tuples", "scaled positions"],
 )  # fmt: skip
 def test_damaged_models(damage, fails, tiny_model, tmp_path):
     folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     spoil(folder, damage)
-    kinds = "cannot load|the tokenizer has no|an adapter: merge|quantised weights|llama does not compute"
+    kinds = "cannot load|the tokenizer has no|an adapter: merge|quantised weights|llama does not compute|its positions"
     fails(sft, f"model: ({kinds})", model_path=str(folder))
     assert not (folder / "executed").exists()
 
@@ -350,7 +354,7 @@ def test_more_tokens_than_the_model_knows(fails, tiny_model, tmp_path):
     tokenizer = common.load_tokenizer(tiny_model)
     tokenizer.add_tokens([f"new{i}" for i in range(9)])
     tokenizer.save_pretrained(folder)
-    fails(sft, "the tokenizer has tokens up to 113, the model only 105", model_path=str(folder))
+    fails(sft, "the model lacks tokens of its tokenizer", model_path=str(folder))
 
 
 @pytest.mark.parametrize("difference", ["tokenizers", "chat templates"])
@@ -435,6 +439,8 @@ def test_a_head_of_the_wrong_width(fails, tiny_model, tmp_path):
         ("gemma2", sft),
         ("cohere", sft),
         ("granite", sft),
+        ("mamba", sft),
+        ("openai-gpt", sft),
         ("t5", sft),
         ("bert", sft),
     ],
@@ -445,13 +451,18 @@ def test_unsupported_architectures(family, module, fails, tiny_model, tmp_path):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 128}
     if family == "t5":
         sizes = {"d_model": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 128}
+    if family == "openai-gpt":
+        sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 128}
+    if family == "mamba":
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 128, "initializer_range": 1.0}
     if family == "granite":
         sizes["logits_scaling"] = 8.0
     config = AutoConfig.for_model(family, **sizes)
     auto = AutoModel if family == "t5" else AutoModelForCausalLM
     auto.from_config(config).save_pretrained(tmp_path / "model")
     common.load_tokenizer(tiny_model).save_pretrained(tmp_path / "model")
-    message = {"cohere": "more to its logits", "granite": "more to its logits"}.get(family, "not supported|cannot load")
+    message = {"cohere": "more to its logits", "granite": "more to its logits", "mamba": "key-value cache"}
+    message = message.get(family, "not supported|cannot load|does not compute")
     message = (
         "cannot load AutoModelForSequenceClassification|no list of decoder layers" if module is train_gvm else message
     )
@@ -497,7 +508,7 @@ def test_a_policy_that_is_not_finite_wins_nothing(fails, tiny_model, tmp_path):
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.0.self_attn.q_proj.weight"][0, 0] = torch.nan
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(common.UserError, match="bad: its log-probs or the reference's are not finite"):
+    with pytest.raises(common.UserError, match="nan: its weights are not finite"):
         evaluate.main(evaluate.Args((f"bad={folder}",), tiny_model, None, num_prompts=4, output_dir=str(tmp_path)))
 
 

@@ -135,7 +135,6 @@ def test_a_recorded_step_samples_as_single_steps_do(processes, tiny_model, monke
 @pytest.mark.parametrize(
     "config, kind",
     [({}, StaticCache),
-     ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, DynamicCache),
      ({"attn_implementation": "eager"}, DynamicCache),
      ({"model_type": "mistral", "sliding_window": 4096}, DynamicCache),  # Python counts the tokens in the window
      ({"model_type": "mistral", "sliding_window": None}, StaticCache),
