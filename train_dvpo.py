@@ -28,7 +28,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import DynamicCache, StaticCache, get_linear_schedule_with_warmup
 from transformers.cache_utils import StaticLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import common
 
@@ -344,7 +343,9 @@ def reader(model, prompt_mask, R: int):
     static, num_read = isinstance(cache, StaticCache), 0
 
     def step(tokens, mask, places):
-        hidden = model.base_model(tokens, attention_mask=mask, position_ids=places, use_cache=True, **{CACHE: cache})
+        hidden = model.base_model(
+            tokens, attention_mask=mask, position_ids=places, use_cache=True, **{common.CACHE: cache}
+        )
         return project(hidden.last_hidden_state[:, -1], model.get_output_embeddings().weight)  # (B, V)
 
     def read(tokens):
@@ -372,10 +373,6 @@ def replayed(step, inputs):
         return output
 
     return replay
-
-
-# A cache's name among a model's arguments: transformers 5.24 has changed it.
-CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 def key_value_cache(model, length: int) -> DynamicCache | StaticCache:
