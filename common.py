@@ -20,8 +20,9 @@ import sys
 import time
 import traceback
 import types
+from array import array
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -76,8 +77,7 @@ def one_line_errors():
         if isinstance(error, UserError):
             line = text
         elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in text:
-            line = ("out of memory: lower --micro-batch-size or --rollout-micro-batch-size (results stay the same), "
-                    "--max-prompt-length or --response-length, add processes, or --gradient-checkpointing")  # fmt: skip
+            line = "out of memory: lower --micro-batch-size, --rollout-micro-batch-size or a length, or add processes"
         elif isinstance(error, dcp.CheckpointException) or re.search(r"\b(Errno|os error) (27|28|122)\b", text):
             line = "an output file cannot be written: make room, then run it again with --resume"
         elif isinstance(error, dist.DistError) or "/gloo/" in text:
@@ -169,20 +169,6 @@ def peak_memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-SHARES = {"gamma", "gae_lambda", "td_lambda", "warmup_fraction", "reward_warmup_fraction"}  # settings from 0 to 1
-MAY_BE_ZERO = {"seed", "num_context_trajectories", "learning_rate", "critic_learning_rate", "reward_learning_rate",
-               "kl_coef", "bt_coef", "reward_center_coef", "missing_eos_penalty", *SHARES}  # fmt: skip
-
-
-def check_settings(args) -> None:
-    """Raise `UserError` for a number that cannot be meant."""
-    for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            bound = ("at least 0" if name in MAY_BE_ZERO else "above 0") + " and at most 1" * (name in SHARES)
-            right = (value > 0 or value == 0 and name in MAY_BE_ZERO) and value <= (1 if name in SHARES else 1e12)
-            check(right, f"--{name.replace('_', '-')} {value} must be {bound}")
 
 
 # ---- Return-to-go ----------------------------------------------------------------------------------------------------
@@ -277,9 +263,7 @@ def to_messages(value, role: str = "user") -> list[dict]:
         who, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
         if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
             content = "".join(part["text"] for part in content)
-        check(
-            isinstance(who, str) and isinstance(content, str), "a message without a role and a content that are texts"
-        )
+        check(isinstance(who, str) and isinstance(content, str), "a message without a role or a text")
         messages.append({"role": ROLES.get(who, who), "content": content})
     return messages
 
@@ -314,15 +298,11 @@ COLUMNS = ("prompt", "chosen", "rejected", "response", "score", "score_chosen", 
            "chosen_policy", "rejected_policy", "system", "input", "context", "history", "tools")  # fmt: skip
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # by a file's ending
 # What a dataset can be, and the columns it needs; the first that fits.
-FORMATS = {
-    "preference pairs": ("chosen", "rejected"),
-    "answers": ("response",),
-    "prompts": ("prompt",),
-}
+FORMATS = {"preference pairs": ("chosen", "rejected"), "answers": ("response",), "prompts": ("prompt",)}
 
 
-def from_row(row: dict, kind: str) -> Example:
-    """A row of a dataset of `kind`, one of `FORMATS`; raises `UserError` where it cannot be used."""
+def from_row(row: dict, kind: str, needs: str) -> Example:
+    """A row of a dataset of `kind`, one of `FORMATS`; raises `UserError` where it lacks what a stage `needs`."""
     # Nulls are columns that are not there; of two names for a column, our own wins.
     row = {ALIASES.get(key, key): row[key] for key in sorted(row, key=lambda key: key not in ALIASES)
            if row[key] is not None}  # fmt: skip
@@ -334,19 +314,21 @@ def from_row(row: dict, kind: str) -> Example:
     for column in ("input", "context"):  # Alpaca's and Dolly's: what the instruction is about
         if prompt and isinstance(row.get(column), str) and row[column].strip():
             prompt[-1]["content"] += "\n\n" + row[column]
-    if kind == "preference pairs":
-        (asked, chosen), (other, rejected) = (split_answer(prompt, row[side]) for side in ("chosen", "rejected"))
-        check(asked == other, "chosen and rejected answer different prompts")
-        scores = to_score(row.get("score_chosen")), to_score(row.get("score_rejected"))
-        example = Example(asked, chosen, rejected, *scores, name("chosen_policy"), name("rejected_policy"))
-    elif kind == "answers":
-        asked, answer = split_answer(prompt, row["response"])
-        example = Example(asked, answer, score_chosen=to_score(row.get("score")), chosen_policy=name("policy"))
-    else:
-        example = Example(prompt)
-    if isinstance(row.get("system"), str) and row["system"].strip() and example.prompt[0]["role"] != "system":
-        example.prompt = [{"role": "system", "content": row["system"]}, *example.prompt]
-    return example
+    sides = [split_answer(prompt, row[side]) for side in FORMATS[kind] if kind != "prompts"]
+    check(all(asked == sides[0][0] for asked, _ in sides), "chosen and rejected answer different prompts")
+    prompt = sides[0][0] if sides else prompt
+    chosen, rejected = [*(answer for _, answer in sides), None, None][:2]
+    if isinstance(row.get("system"), str) and row["system"].strip() and prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": row["system"]}, *prompt]
+    scores = to_score(row.get("score_chosen", row.get("score"))), to_score(row.get("score_rejected"))
+    answers = {"prompts": [], "pairs": [chosen, rejected]}.get(needs, [chosen])
+    check(prompt[-1]["content"].strip(), "empty prompt")
+    check(prompt[-1]["role"] != "assistant", "the prompt ends with the assistant")
+    check(None not in answers, "no rejected answer")
+    check(all(answer.strip() for answer in answers), "empty answer")
+    check(not answers or chosen != rejected, "chosen and rejected are identical")
+    check(needs != "scores" or None not in (scores[:1] if rejected is None else scores), "no score")
+    return Example(prompt, chosen, rejected, *scores, name("chosen_policy") or name("policy"), name("rejected_policy"))
 
 
 def read_rows(dataset: str, splits: tuple[str, ...]):
@@ -366,6 +348,10 @@ def read_rows(dataset: str, splits: tuple[str, ...]):
         elif (file / "dataset_dict.json").exists() or (file / "state.json").exists():
             data = datasets.load_from_disk(str(file))
         else:
+            found = datasets.load_dataset_builder(path, *config).config.data_files if file.is_dir() else None
+            for one in sum((found or {}).values(), []):  # a folder's README may name any
+                inside = Path(os.path.abspath(one)).is_relative_to(file.absolute())
+                check(inside, f"its README names {one}, outside the folder")
             data = datasets.load_dataset(path, *config)
     data = data if isinstance(data, datasets.DatasetDict) else {"train": data}
     wanted = split or next((s for s in splits if s in data), next(iter(data)))
@@ -407,9 +393,7 @@ def to_examples(rows, dataset: str, needs: str) -> list[Example]:
     for row in rows:
         try:
             check(needs != "answers" or row.get("label") is not False, "labelled false")
-            example = from_row(row, kind)
-            check_example(example, needs)
-            examples.append(example)
+            examples.append(from_row(row, kind, needs))
         except UserError as error:
             dropped[str(error)] += 1
         except (KeyError, TypeError, AttributeError) as error:
@@ -423,18 +407,6 @@ def to_examples(rows, dataset: str, needs: str) -> list[Example]:
     return examples
 
 
-def check_example(example: Example, needs: str) -> None:
-    """Raise `UserError` where an example lacks what the stage needs."""
-    answers = {"prompts": [], "pairs": [example.chosen, example.rejected]}.get(needs, [example.chosen])
-    check(example.prompt[-1]["content"].strip(), "empty prompt")
-    check(example.prompt[-1]["role"] != "assistant", "the prompt ends with the assistant")
-    check(None not in answers, "no rejected answer")
-    check(all(answer.strip() for answer in answers), "empty answer")
-    check(not answers or example.chosen != example.rejected, "chosen and rejected are identical")
-    scores = [example.score_chosen] if example.rejected is None else [example.score_chosen, example.score_rejected]
-    check(needs != "scores" or None not in scores, "no score")
-
-
 # ---- Tokens ----------------------------------------------------------------------------------------------------------
 # For base models that come without one. An answer starts after a newline, so its first token is not fused to a colon.
 DEFAULT_CHAT_TEMPLATE = (
@@ -443,11 +415,11 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}### Assistant:\n{% endif %}"
 )
 # Llama 3's template writes today's date unless given one, SmolLM3's asks a function: a run must not depend on the day.
-FIXED_DATE = "26 Jul 2024"
-FIXED_CLOCK = "{% macro strftime_now(format) %}" + FIXED_DATE + "{% endmacro %}"
 # Nor would answers start with thoughts, as Qwen3's template has them: no dataset holds any.
-TEMPLATE_ARGUMENTS = {"date_string": FIXED_DATE, "enable_thinking": False}
-Trajectory = tuple[list[int], list[int]]  # prompt and response token ids
+TEMPLATE_ARGUMENTS = {"date_string": "26 Jul 2024", "enable_thinking": False}
+FIXED_CLOCK = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+TURN = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "final-answer"}]  # a probe
+Trajectory = tuple[array, array]  # prompt and response token ids
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"  # of transformers
 
 
@@ -470,79 +442,78 @@ def load_tokenizer(path: str, untrained: bool = False):
     return tokenizer
 
 
-def end_of_turn_id(tokenizer) -> int:
-    """The token that ends an answer: the special token the chat template writes there, else EOS."""
-    turn = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "final-answer"}]
-    try:
-        tail = tokenizer.apply_chat_template(turn, tokenize=False).rsplit("final-answer", 1)[1]
-    except Exception:  # whatever a template raises, or an answer that it does not write
-        return tokenizer.eos_token_id
-    ids = tokenizer(tail, add_special_tokens=False).input_ids
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    return next((i for i in ids if i in special), tokenizer.eos_token_id)
+def chat_text(tokenizer, messages: list[dict], **arguments) -> str:
+    """`messages` as the chat template writes them; raises `UserError` where it refuses, changes or omits a text."""
+    template = (FIXED_CLOCK if "strftime_now" in tokenizer.chat_template else "") + tokenizer.chat_template
+    with user_errors(Exception, "refused by the chat template"):  # Mistral's and Gemma's refuse system messages
+        text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False,
+                                             **TEMPLATE_ARGUMENTS, **arguments)  # fmt: skip
+    whole = all(message["content"].strip() in text for message in messages)
+    check(whole, "changed or omitted by the chat template")
+    return text
 
 
 def tokenize_prompt(tokenizer, prompt: list[dict]) -> list[int]:
-    """Token ids of a chat-formatted prompt, up to where the answer starts; empty where the template refuses it."""
-    clock = FIXED_CLOCK if "strftime_now" in tokenizer.chat_template else ""
-    try:  # Mistral's and Gemma's refuse system messages
-        text = tokenizer.apply_chat_template(prompt, chat_template=clock + tokenizer.chat_template, tokenize=False,
-                                             add_generation_prompt=True, **TEMPLATE_ARGUMENTS)  # fmt: skip
-    except Exception:  # whatever else a template raises
-        return []
+    """Token ids of a chat-formatted prompt, up to where the answer starts; raises as `chat_text` does."""
+    text = chat_text(tokenizer, prompt, add_generation_prompt=True)
     if text.rstrip().endswith("<think>"):  # forced by some: no dataset holds any thoughts
         text = text.rstrip() + "\n\n</think>\n\n"
     return tokenizer(text, add_special_tokens=False).input_ids  # the template writes its own BOS
 
 
-def control_ids(tokenizer) -> set[int]:
-    """Tokens that structure a chat and must not stand in a text: special ones, marks of roles, ends of turns."""
-    prompt = tokenize_prompt(tokenizer, [{"role": "user", "content": "question"}])
+def chat_marks(tokenizer) -> tuple[str, int, set[int]]:
+    """How a chat frames an answer: what to put before its text to get the tokens that it has there, as some tokenizers
+    add a space of their own; the token that ends it; and all tokens that structure a chat, which no text may hold."""
+    prompt, before, tail = [], "", ""
+    with contextlib.suppress(UserError):
+        prompt = tokenize_prompt(tokenizer, TURN[:1])
+        before, _, tail = chat_text(tokenizer, TURN).rpartition("final-answer")
+    alone, inside, after = (tokenizer(text, add_special_tokens=False).input_ids for text in ("x", "\nx", tail))
+    lead = "\n" if alone[-1:] != inside[-1:] and not before.endswith(" ") else ""
     added = tokenizer.added_tokens_decoder
-    ids = {i for i, token in added.items() if token.special or (i in prompt and token.content.strip())}
-    return (ids - {tokenizer.unk_token_id}) | {end_of_turn_id(tokenizer), tokenizer.eos_token_id}
+    end = next((i for i in after if i in added or i in tokenizer.all_special_ids), tokenizer.eos_token_id)
+    controls = {i for i, token in added.items() if token.special or (i in prompt and token.content.strip())}
+    return lead, end, (controls - {tokenizer.unk_token_id}) | {end, tokenizer.eos_token_id}
 
 
-def tokenize_answers(tokenizer, answers: list[str], max_length: int) -> list[list[int]]:
+def tokenize_answers(tokenizer, answers: list[str], max_length: int) -> list[array]:
     """Token ids of answers without control tokens, each with its end-of-turn token, cut to `max_length`."""
-    end, controls = end_of_turn_id(tokenizer), control_ids(tokenizer)
-    parts = [answers[i : i + 1000] for i in range(0, len(answers), 1000)]  # all at once take 168 bytes a token
-    texts = [ids for part in parts for ids in tokenizer(part, add_special_tokens=False).input_ids]
-    tokens = [[i for i in ids if i not in controls] + [end] for ids in texts]
-    unknown = sum(ids.count(tokenizer.unk_token_id) for ids in texts) / max(1, sum(map(len, texts)))
-    if unknown:
-        log(f"  {unknown:.1%} of the answers' tokens are unknown to the tokenizer")
-    spoilt = sum(len(ids) <= len(text) for ids, text in zip(tokens, texts))
-    cut = sum(len(ids) > max_length for ids in tokens)
-    if spoilt:
-        log(f"  {spoilt} of {len(tokens)} answers had control tokens such as {tokenizer.decode([end])!r} in their text")
-    if cut:
-        log(f"  {cut} of {len(tokens)} answers cut to --response-length {max_length} tokens")
-    return [ids[:max_length] for ids in tokens]
+    lead, end, controls = chat_marks(tokenizer)
+    skip, tokens = len(tokenizer(lead, add_special_tokens=False).input_ids), []
+    unknown, cut = "have parts unknown to the tokenizer", f"cut to --response-length {max_length} tokens"
+    spoilt, counts = f"had control tokens such as {tokenizer.decode([end])!r} in their text", Counter()
+    for start in range(0, len(answers), 1000):  # all at once would take 168 bytes a token; an array takes 4
+        part = [lead + answer for answer in answers[start : start + 1000]]
+        for ids in tokenizer(part, add_special_tokens=False).input_ids:
+            kept = [i for i in ids[skip:] if i not in controls] + [end]
+            counts[unknown] += tokenizer.unk_token_id in ids
+            counts[spoilt] += skip + len(kept) <= len(ids)
+            counts[cut] += len(kept) > max_length
+            tokens.append(array("i", kept[:max_length]))
+        if len(tokens) % 20_000 == 0:
+            log(f"  {len(tokens)} of {len(answers)} answers tokenised")
+    for what, count in (+counts).items():
+        log(f"  {count} of {len(tokens)} answers {what}")
+    return tokens
 
 
 def fit_prompts(tokenizer, examples: list[Example], max_length: int, heldout: bool = False):
     """Examples whose prompt has at most `max_length` tokens, and no control token in its text, which could speak in
     another role; and the prompts' tokens. Of held-out examples none need be left."""
-    controls = re.compile("|".join(map(re.escape, tokenizer.convert_ids_to_tokens(list(control_ids(tokenizer))))))
+    controls = re.compile("|".join(map(re.escape, tokenizer.convert_ids_to_tokens(list(chat_marks(tokenizer)[2])))))
     known, kept, tokens, dropped = {}, [], [], Counter()
     for example in examples:
         key = str(example.prompt)
-        if key not in known:  # a prompt often stands in many examples
-            known[key] = tokenize_prompt(tokenizer, example.prompt)
-        ids, reason = known[key], None
-        if controls.search(key):
-            reason = "with a control token of the tokenizer in its text"
-        elif not ids:
-            reason = "refused by the chat template"
-        elif len(ids) > max_length:
-            reason = f"longer than --max-prompt-length {max_length}"
-        if reason:
-            dropped[reason] += 1
-        else:
+        try:
+            check(not controls.search(key), "with a control token of the tokenizer in its text")
+            if key not in known:  # a prompt often stands in many examples
+                known[key] = array("i", tokenize_prompt(tokenizer, example.prompt))
+            check(len(known[key]) <= max_length, f"longer than --max-prompt-length {max_length}")
             kept.append(example)
-            tokens.append(ids)
-    reasons = "; ".join(f"{count} x {reason}" for reason, count in dropped.most_common())
+            tokens.append(known[key])
+        except UserError as error:
+            dropped[str(error)] += 1
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in dropped.most_common(9))
     if dropped:
         log(f"  dropped prompts: {reasons}")
     check(kept or heldout, f"no prompt is left: {reasons}")
@@ -559,17 +530,12 @@ def pad(sequences: list[list[int]], value: int, side: str, width: int = 0) -> tu
 
 
 def pad_batch(prompts, responses, pad_id: int, device, widths: tuple[int, int] = (0, 0)) -> dict[str, torch.Tensor]:
-    """Prompts padded left and responses right: `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`.
-
-    `prompts` and `responses` are lists of token ids; P and R are those of the longest, or of `widths` where wider.
-    """
+    """Prompts padded left and responses right, lists of token ids, to the longest or to `widths` where that is wider:
+    `input_ids`, `attention_mask (B, P + R)`, `response_mask (B, R)`."""
     prompt_ids, prompt_mask = pad(prompts, pad_id, "left", widths[0])
     response_ids, response_mask = pad(responses, pad_id, "right", widths[1])
-    return {
-        "input_ids": torch.cat([prompt_ids, response_ids], 1).to(device),
-        "attention_mask": torch.cat([prompt_mask, response_mask], 1).to(device),
-        "response_mask": response_mask.to(device),
-    }
+    ids, mask = torch.cat([prompt_ids, response_ids], 1), torch.cat([prompt_mask, response_mask], 1)
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "response_mask": response_mask.to(device)}
 
 
 def crop(input_ids, attention_mask, response_mask):
@@ -598,14 +564,14 @@ def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
-def condition(rng: random.Random, prompt_ids: list[int], pool: list[Trajectory], k: int, max_length: int) -> list[int]:
+def condition(rng: random.Random, prompt_ids, pool: list[Trajectory], k: int, max_length: int) -> list[int]:
     """`prompt_ids` behind at most `k` trajectories (tau in the paper) of one policy's `pool`, each cut to `max_length`;
     none of them is on the same prompt, so none can leak its answer."""
     drawn = [other for other in rng.sample(pool, min(len(pool), 8 + k)) if other[0] != prompt_ids][:k]
     context = []
     for before, answer in drawn:
-        context += (before[max(0, len(before) - max_length // 2) :] + answer)[:max_length]
-    return context + prompt_ids
+        context += [*before[max(0, len(before) - max_length // 2) :], *answer][:max_length]
+    return [*context, *prompt_ids]
 
 
 # ---- Models ----------------------------------------------------------------------------------------------------------
@@ -641,19 +607,54 @@ def load_config(path: str):
     return config
 
 
+def load_weights(auto_class, path: str, config, dtype: torch.dtype):
+    """The model, the names of its weights that the checkpoint lacks, and those of the checkpoint that it has not."""
+    model, info = load_pretrained(auto_class, path, config=config, dtype=dtype, use_safetensors=True,
+                                  output_loading_info=True)  # fmt: skip
+    unread = {name for name in info["unexpected_keys"] if not name.startswith("lm_head.")}  # a value model has none
+    if unread:
+        log(f"warning: {path}: {len(unread)} of its weights are not read, such as {min(unread)}")
+    return model, set(info["missing_keys"]), unread
+
+
+def settle(args, path: str, **small):
+    """`args` with the values `small`, tuned on the embedded task, for what is not named; a larger model than that
+    task's, at `path`, gets none of them. Raises `UserError` for a number that is negative, not finite, or a size of 0.
+    """
+    missing = {name: value for name, value in small.items() if getattr(args, name) is None}
+    flags = ", ".join("--" + name.replace("_", "-") for name in missing)
+    large = missing and load_task(path) is None and load_config(path).get_text_config().hidden_size > 256
+    check(not large, f"{flags}: name what suits {path}; the defaults suit small models alone")
+    args = replace(args, **missing)
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)):
+            least = int(type(value) is int and name not in ("seed", "num_context_trajectories"))
+            check(least <= value < 2**62, f"--{name.replace('_', '-')} {value} must be at least {least} and finite")
+    return args
+
+
+def check_positions(path: str, model, num_tokens: int) -> None:
+    """Raise `UserError` where a model's learned positions do not reach; rotary ones may, and it is only told."""
+    limit = getattr(model.config, "max_position_embeddings", None) or num_tokens
+    learned = any("wpe" in name or "position" in name for name, _ in model.named_parameters())
+    text = f"{path}: prompt and answer take up to {num_tokens} tokens, and it was made for {limit}"
+    check(num_tokens <= limit or not learned, f"{text}: lower --max-prompt-length or --response-length")
+    if num_tokens > limit:
+        log(f"warning: {text}")
+
+
 def load_policy(path: str, tokenizer, dtype: torch.dtype):
     """A causal language model whose log-probs are `log_softmax(hidden @ head.T / temperature)`, nothing more."""
     task = load_task(path)
     if task:
         model = transformers.AutoModelForCausalLM.from_config(task.model()[0], dtype=dtype)
     else:
-        model, info = load_pretrained(transformers.AutoModelForCausalLM, path, config=load_config(path), dtype=dtype,
-                                      use_safetensors=True, output_loading_info=True)  # fmt: skip
-        wrong = info["missing_keys"] or "score.weight" in info["unexpected_keys"]  # nothing is missing where tied
+        model, missing, unread = load_weights(transformers.AutoModelForCausalLM, path, load_config(path), dtype)
+        wrong = missing or "score.weight" in unread  # nothing is missing where tied
         check(not wrong, f"{path}: no language model: it lacks an output head, or is a value or reward model")
     given = model.generation_config.eos_token_id  # of its generation settings, what ends an answer goes on with it
-    given = given if isinstance(given, list) else [given] if given is not None else []
-    ends, pad_id = {end_of_turn_id(tokenizer), tokenizer.eos_token_id, *given}, tokenizer.pad_token_id
+    given = given if isinstance(given, list) else [given]
+    ends, pad_id = {chat_marks(tokenizer)[1], tokenizer.eos_token_id, *given} - {None}, tokenizer.pad_token_id
     model.generation_config = transformers.GenerationConfig(eos_token_id=sorted(ends), pad_token_id=pad_id)
     head, kind = model.get_output_embeddings(), model.config.model_type
     model.config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight  # whatever the config said
@@ -683,10 +684,9 @@ def load_value_model(path: str, tokenizer, dtype: torch.dtype, fresh_head: bool)
     right = fresh_head or config.num_labels == 1
     check(right, f"{path}: the head has {config.num_labels} outputs, expected 1; is it a GVM or a reward model?")
     config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id  # by which transformers finds an answer's end
-    model, info = load_pretrained(auto_class, path, config=config, dtype=dtype, use_safetensors=True,
-                                  output_loading_info=True)  # fmt: skip
-    head, missing = getattr(model, "score", None), set(info["missing_keys"])
-    plain = isinstance(head, torch.nn.Linear) and head.bias is None
+    model, missing, unread = load_weights(auto_class, path, config, dtype)
+    head = getattr(model, "score", None)
+    plain = isinstance(head, torch.nn.Linear) and head.bias is None and not any("score." in name for name in unread)
     check(plain, f"{path}: the head of {type(model).__name__} is not a plain `score` layer; use another model")
     if fresh_head and "score.weight" in missing:
         torch.nn.init.zeros_(head.weight)
@@ -722,7 +722,6 @@ class Run:
         self.args, self.script, self.folder = args, Path(script), Path(args.output_dir).expanduser()
         self.started, self.printed, self.signal, self.writes = time.time(), 0.0, 0, dist.get_rank() == 0
         self.finished, self.source, self.done = False, None, 0
-        check_settings(args)
         with user_errors(OSError, f"--output-dir {self.folder}: cannot be read or written"):
             if self.folder.exists() and any(self.folder.iterdir()):
                 self.look()
@@ -864,12 +863,10 @@ class Run:
             model.config.dtype = dtype  # not that of the fp32 model that was trained
             model.config.save_pretrained(self.folder)
             tokenizer.save_pretrained(self.folder)
-            command = f"torchrun --nproc_per_node {dist.get_world_size()} " if dist.get_world_size() > 1 else "python "
-            (self.folder / "README.md").write_text(
-                f"# {title}\n\nMade by\n\n```\n{command}{shlex.join(sys.argv)}\n```\n\nas in arXiv:2502.16944, with "
-                f"torch {torch.__version__}, transformers {transformers.__version__}; metrics: `metrics.jsonl`.\n",
-                encoding="utf-8",
-            )
+            start = f"torchrun --nproc_per_node {dist.get_world_size()}" if dist.get_world_size() > 1 else "python"
+            card = (f"# {title}\n\nMade by\n\n```\n{start} {shlex.join(sys.argv)}\n```\n\nas in arXiv:2502.16944, with "
+                    f"torch {torch.__version__} and transformers {transformers.__version__}.\n")  # fmt: skip
+            (self.folder / "README.md").write_text(card, encoding="utf-8")
             log(f"saved {self.folder} after {time.time() - self.started:.0f} s")
         dist.barrier()
 
@@ -887,7 +884,9 @@ def damage(checkpoint: Path) -> str | None:
 
 def fingerprint(data: list, *models: str) -> str:
     """Tells whether a run goes on with the data (told apart by their `repr`) and the frozen models it began with."""
-    digest = hashlib.sha256(repr(data).encode())
+    digest = hashlib.sha256()
+    for row in data:
+        digest.update(repr(row).encode())
     for path in models:
         folder = Path(cached_file(str(Path(path).expanduser()), "config.json")).parent  # a hub id's is in the cache
         for file in sorted([folder / "config.json", *folder.glob("model*.safetensors")]):  # what is loaded

@@ -20,7 +20,8 @@ import math
 import os
 import random
 import types
-from dataclasses import asdict, dataclass, replace
+from array import array
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -61,8 +62,8 @@ class Args:
     """sequences per forward (per rank); lower it when out of memory, results stay the same"""
     max_prompt_length: int = 512
     """tokens; longer prompts are dropped"""
-    response_length: int = 20
-    """tokens; longer answers are cut"""
+    response_length: int | None = None
+    """tokens; longer answers are cut; None: 20, to be named for models wider than 256"""
     temperature: float = 1.0
     """of sampling and of log-probs; 0 samples greedily, with log-probs at 1"""
 
@@ -256,8 +257,8 @@ def token_values(model, input_ids, attention_mask, response_mask) -> torch.Tenso
 # Copied from train_gvm.Answer
 @dataclass
 class Answer:
-    prompt_ids: list[int]
-    response_ids: list[int]
+    prompt_ids: array
+    response_ids: array
     label: float  # what the answer is worth
     policy: str | None  # who wrote it
 
@@ -289,7 +290,7 @@ def make_batch(config, answers: list[Answer], pools: dict, key: str, pad_id: int
     prompts = [answer.prompt_ids for answer in answers]
     if config.num_context_trajectories:
         for i, answer in enumerate(answers):
-            rng = random.Random(f"{key}/{answer.prompt_ids}/{answer.response_ids}")
+            rng = random.Random(f"{key}/{list(answer.prompt_ids)}/{list(answer.response_ids)}")
             prompts[i] = common.condition(rng, answer.prompt_ids, pools[answer.policy],
                                           config.num_context_trajectories,
                                           config.context_trajectory_length)  # fmt: skip
@@ -497,7 +498,7 @@ def main(args: Args) -> None:
     # ---- 1 Processes -------------------------------------------------------------------------------------------------
     device = common.init_processes()
     dtype = common.compute_dtype(args.dtype, device)
-    common.check_settings(replace(args, temperature=args.temperature or 1.0))
+    args = common.settle(args, args.reference_path, response_length=20)
     common.check(args.policies, "name at least one policy, as in dvpo=runs/dvpo")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for policy in args.policies:

@@ -10,6 +10,8 @@ In: a language model and answers (the chosen ones of preference pairs). Out: `--
 `from_pretrained` loads. Shapes: B sequences, P prompt tokens (left-padded), R response tokens, V vocabulary, H hidden.
 """
 
+import contextlib
+import copy
 import types
 from dataclasses import dataclass
 from typing import Literal
@@ -19,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from transformers import get_linear_schedule_with_warmup
+from transformers import AutoModelForSequenceClassification, get_linear_schedule_with_warmup
 
 import common
 
@@ -43,8 +45,8 @@ class Args:
     """passes over the data"""
     num_examples: int | None = None
     """use only the first so many training examples; None uses all"""
-    learning_rate: float = 1.5e-3
-    """AdamW's peak, decayed linearly to zero"""
+    learning_rate: float | None = None
+    """AdamW's peak, decayed linearly to zero; None: 1.5e-3, to be named for models wider than 256"""
     warmup_fraction: float = 0.1
     """share of the updates in which the learning rate rises"""
     batch_size: int = 64
@@ -55,8 +57,8 @@ class Args:
     """gradients are clipped to this norm"""
     max_prompt_length: int = 512
     """tokens; examples with longer prompts are dropped"""
-    response_length: int = 20
-    """tokens; longer answers are cut"""
+    response_length: int | None = None
+    """tokens; longer answers are cut; None: 20, to be named for models wider than 256"""
 
     # Machine
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -220,11 +222,19 @@ def heldout_loss(policy, rows: list[common.Trajectory], pad_id: int, device, arg
     return total / count
 
 
+def has_value_model(config) -> bool:
+    """Whether train_gvm.py can make a value model of this family; a model on the meta device holds no weights."""
+    with contextlib.suppress(ValueError, AttributeError), torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(copy.deepcopy(config)).score.bias is None
+    return False
+
+
 def main(args: Args) -> None:
     # ---- 1 Processes -------------------------------------------------------------------------------------------------
     device = common.init_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dtype = common.compute_dtype(args.dtype, device)
+    args = common.settle(args, args.model_path, learning_rate=1.5e-3, response_length=20)
     run = common.Run(args, __file__)
     common.check(args.batch_size % world_size == 0, f"--batch-size must be a multiple of {world_size}, the processes")
     common.check(world_size % args.dp_replicate == 0, f"{world_size} processes must be a multiple of --dp-replicate")
@@ -250,6 +260,8 @@ def main(args: Args) -> None:
 
     # ---- 3 Model -----------------------------------------------------------------------------------------------------
     policy = common.load_policy(args.model_path, tokenizer, torch.float32)
+    if not has_value_model(policy.config):
+        common.log(f"warning: no value model can be made of {policy.config.model_type}: train_gvm.py will refuse it")
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     policy = add_methods(shard(policy, mesh, dtype), token_logprobs).train()
@@ -259,6 +271,7 @@ def main(args: Args) -> None:
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup, num_updates)
 
     widest = max(len(prompt) for prompt, _ in train_set), max(len(response) for _, response in train_set)
+    common.check_positions(args.model_path, policy, sum(widest))
     done, _ = run.start([(policy, optimizer, scheduler)], num_updates, common.fingerprint(train_set))
     for update in range(done + 1, num_updates + 1):
         start = common.clock(device)

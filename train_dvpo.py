@@ -49,8 +49,8 @@ class Args:
     """seed of the order of prompts, sampling and minibatches"""
     num_updates: int = 300
     """updates, each one rollout and `num_epochs` passes over it"""
-    learning_rate: float = 6e-4
-    """AdamW's, decayed linearly to zero (released code: 2e-6 on 3B to 8B models)"""
+    learning_rate: float | None = None
+    """AdamW's, decayed linearly to zero; None: 6e-4, to be named for models wider than 256 (released code: 2e-6)"""
     num_epochs: int = 2
     """passes over each rollout (released code: 4)"""
     num_minibatches: int = 2
@@ -65,8 +65,8 @@ class Args:
     # Rollout
     max_prompt_length: int = 512
     """tokens; longer prompts are dropped"""
-    response_length: int = 20
-    """tokens; longer answers are cut (released code: 640)"""
+    response_length: int | None = None
+    """tokens; longer answers are cut; None: 20, to be named for models wider than 256 (released code: 640)"""
     temperature: float = 1.0
     """of sampling and of every log-prob (released code: 1)"""
     rollout_micro_batch_size: int | None = None
@@ -395,6 +395,7 @@ def main(args: Args) -> None:
     device = common.init_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dtype = common.compute_dtype(args.dtype, device)
+    args = common.settle(args, args.model_path, learning_rate=6e-4, response_length=20)
     run = common.Run(args, __file__)
     share = args.num_minibatches * world_size
     common.check(args.rollout_batch_size % share == 0,
@@ -436,6 +437,8 @@ def main(args: Args) -> None:
     done, carried = run.start(trained, args.num_updates, data, kl_coef=args.kl_coef, usual_surprise=None)
     B, longest_prompt = args.rollout_batch_size, max(map(len, all_prompts))
     longest_gvm_prompt = longest_prompt + num_trajectories * trajectory_length
+    common.check_positions(args.model_path, policy, longest_prompt + args.response_length)
+    common.check_positions(args.gvm_path, gvm, longest_gvm_prompt + args.response_length)
     mine = torch.arange(B).chunk(world_size)[rank]  # the rows this rank rolls out and scores
     for update in range(done + 1, args.num_updates + 1):
         # ---- 4 Rollout: each rank answers its share of the prompts, then all ranks hold all answers (a few MB) -------
@@ -577,7 +580,7 @@ def main(args: Args) -> None:
             if off_support > 0.5:
                 common.log(f"warning: {off_support:.0%} of the answers surprise the reference more than 95 % of its "
                            "own: the GVM has seen nothing like them; raise --kl-coef")  # fmt: skip
-        if args.kl_target is not None:  # Section 2.2 of arXiv:1909.08593: proportional control, at most 2 % per update
+        if args.kl_target:  # Section 2.2 of arXiv:1909.08593: proportional control, at most 2 % per update
             carried.kl_coef *= 1 + 0.1 * min(max(sequence_kl / args.kl_target - 1, -0.2), 0.2)
         common.check(sequence_kl <= args.max_kl, f"update {update}: {sequence_kl:.0f} nats per answer to the reference "
                      "are above --max-kl: lower --learning-rate or raise --kl-coef")  # fmt: skip

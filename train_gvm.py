@@ -17,6 +17,7 @@ Shapes: B sequences, P prompt tokens (left-padded, context included), R response
 
 import random
 import types
+from array import array
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
@@ -48,8 +49,9 @@ class Args:
     """passes over the data"""
     num_examples: int | None = None
     """use only the first so many training examples (pairs count as one); None uses all"""
-    learning_rate: float = 2e-4
-    """AdamW's peak, decayed linearly to zero (released code: Adafactor, 1.41e-5)"""
+    learning_rate: float | None = None
+    """AdamW's peak, decayed linearly to zero; None: 2e-4, to be named for models wider than 256 (released code:
+    Adafactor, 1.41e-5)"""
     warmup_fraction: float = 0.1
     """share of the updates in which the learning rate rises"""
     batch_size: int = 32
@@ -60,8 +62,8 @@ class Args:
     """gradients are clipped to this norm"""
     max_prompt_length: int = 512
     """tokens, without context; examples with longer prompts are dropped"""
-    response_length: int = 20
-    """tokens; longer answers are cut"""
+    response_length: int | None = None
+    """tokens; longer answers are cut; None: 20, to be named for models wider than 256"""
 
     # Values
     label_source: Literal["preference", "score"] = "preference"
@@ -160,8 +162,8 @@ def full_state_dict(model, dtype: torch.dtype) -> dict:
 # ---- Answers, their labels and their context -------------------------------------------------------------------------
 @dataclass
 class Answer:
-    prompt_ids: list[int]
-    response_ids: list[int]
+    prompt_ids: array
+    response_ids: array
     label: float  # what the answer is worth
     policy: str | None  # who wrote it
 
@@ -191,7 +193,7 @@ def make_batch(config, answers: list[Answer], pools: dict, key: str, pad_id: int
     prompts = [answer.prompt_ids for answer in answers]
     if config.num_context_trajectories:
         for i, answer in enumerate(answers):
-            rng = random.Random(f"{key}/{answer.prompt_ids}/{answer.response_ids}")
+            rng = random.Random(f"{key}/{list(answer.prompt_ids)}/{list(answer.response_ids)}")
             prompts[i] = common.condition(rng, answer.prompt_ids, pools[answer.policy],
                                           config.num_context_trajectories,
                                           config.context_trajectory_length)  # fmt: skip
@@ -230,6 +232,7 @@ def main(args: Args) -> None:
     device = common.init_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dtype = common.compute_dtype(args.dtype, device)
+    args = common.settle(args, args.model_path, learning_rate=2e-4, response_length=20)
     run = common.Run(args, __file__)
     common.check(world_size % args.dp_replicate == 0, f"{world_size} processes must be a multiple of --dp-replicate")
     mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
@@ -280,6 +283,7 @@ def main(args: Args) -> None:
     widest = (max(len(answer.prompt_ids) for answer in train_set)
               + args.num_context_trajectories * args.context_trajectory_length,
               max(len(answer.response_ids) for answer in train_set))  # fmt: skip
+    common.check_positions(args.model_path, gvm, sum(widest))
     done, _ = run.start([(gvm, optimizer, scheduler)], num_updates, common.fingerprint(train_set))
     for update in range(done + 1, num_updates + 1):
         start = common.clock(device)

@@ -51,14 +51,14 @@ class Args:
     """prompts, and pairs for the RM: a task's file, or NAME or NAME:SPLIT of a hub or local dataset"""
     output_dir: str = "runs/ppo"
     """folder of the trained policy, metrics and arguments"""
-    reward_output_dir: str = "runs/rm"
-    """folder of the RM trained here, its metrics and arguments"""
+    reward_output_dir: str | None = None
+    """folder of the RM trained here; None: `output_dir` with rm for ppo in its name, as runs/rm for runs/ppo, or _rm"""
 
     # Reward model
     reward_num_epochs: int = 3
     """passes over the preference pairs"""
-    reward_learning_rate: float = 2e-4
-    """AdamW's peak, decayed linearly to zero"""
+    reward_learning_rate: float | None = None
+    """AdamW's peak, decayed linearly to zero; None: 2e-4, to be named for models wider than 256"""
     reward_warmup_fraction: float = 0.1
     """share of the RM's updates in which its learning rate rises"""
     reward_batch_size: int = 32
@@ -71,10 +71,10 @@ class Args:
     """seed of the RM's data order, the order of prompts, sampling and minibatches"""
     num_updates: int = 300
     """updates, each one rollout and `num_epochs` passes over it"""
-    learning_rate: float = 6e-4
-    """AdamW's, decayed linearly to zero (released code: 2e-6 on 3B to 8B models)"""
-    critic_learning_rate: float = 3e-4
-    """the critic's, decayed likewise"""
+    learning_rate: float | None = None
+    """AdamW's, decayed linearly to zero; None: 6e-4, to be named for models wider than 256 (released code: 2e-6)"""
+    critic_learning_rate: float | None = None
+    """the critic's, decayed likewise; None: 3e-4, to be named for models wider than 256"""
     num_epochs: int = 2
     """passes over each rollout (released code: 4)"""
     num_minibatches: int = 2
@@ -89,8 +89,8 @@ class Args:
     # Rollout
     max_prompt_length: int = 512
     """tokens; longer prompts are dropped"""
-    response_length: int = 20
-    """tokens; longer answers are cut (released code: 640)"""
+    response_length: int | None = None
+    """tokens; longer answers are cut; None: 20, to be named for models wider than 256 (released code: 640)"""
     temperature: float = 1.0
     """of sampling and of every log-prob (released code: 1)"""
     rollout_micro_batch_size: int | None = None
@@ -462,6 +462,7 @@ def train_reward_model(args: Args, tokenizer, mesh, dtype: torch.dtype, device) 
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup, num_updates)
 
     widest = max(len(prompt) for prompt, _ in train_set), max(len(response) for _, response in train_set)
+    common.check_positions(args.model_path, rm, sum(widest))
     done, _ = run.start([(rm, optimizer, scheduler)], num_updates, common.fingerprint(train_set))
     num_pairs = args.reward_batch_size // 2
     for update in range(done + 1, num_updates + 1):
@@ -505,16 +506,20 @@ def main(args: Args) -> None:
     device = common.init_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dtype = common.compute_dtype(args.dtype, device)
+    args = common.settle(args, args.model_path, learning_rate=6e-4, critic_learning_rate=3e-4,
+                         reward_learning_rate=2e-4, response_length=20)  # fmt: skip
     run = common.Run(args, __file__)
     share = args.num_minibatches * world_size
     common.check(args.rollout_batch_size % share == 0,
                  f"--rollout-batch-size must be a multiple of {share}, --num-minibatches x processes")  # fmt: skip
     common.check(world_size % args.dp_replicate == 0, f"{world_size} processes must be a multiple of --dp-replicate")
-    apart = Path(args.output_dir).resolve() != Path(args.reward_output_dir).resolve()
-    common.check(apart or args.reward_path, "--output-dir and --reward-output-dir must differ")
-    made = (Path(args.reward_output_dir) / "README.md").exists() and not args.reward_path and not args.resume
-    common.check(not made, f"{args.reward_output_dir} holds a reward model: use it by --reward-path "
-                 f"{args.reward_output_dir}, or choose another --reward-output-dir")  # fmt: skip
+    output = Path(args.output_dir)
+    beside = output.with_name(output.name.replace("ppo", "rm") if "ppo" in output.name else output.name + "_rm")
+    reward_path = (args.reward_output_dir or str(beside)) if args.reward_path is None else args.reward_path
+    common.check(output.resolve() != Path(reward_path).resolve(), "--output-dir and --reward-output-dir must differ")
+    made = (Path(reward_path) / "README.md").exists() and args.reward_path is None and not args.resume
+    common.check(not made, f"{reward_path} holds a reward model: if {args.dataset} trained it, use it by --reward-path "
+                 f"{reward_path}, else choose another --reward-output-dir")  # fmt: skip
     mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
                             mesh_dim_names=("replicate", "shard"))  # fmt: skip
     mesh = mesh if args.dp_replicate > 1 else mesh["shard"]
@@ -532,7 +537,6 @@ def main(args: Args) -> None:
     common.log(f"{len(all_prompts)} different prompts, the first: {tokenizer.decode(all_prompts[0])!r}")
 
     # ---- 3 Models: two trained, two frozen ---------------------------------------------------------------------------
-    reward_path = args.reward_output_dir if args.reward_path is None else args.reward_path
     if args.reward_path is None:
         train_reward_model(replace(args, output_dir=reward_path), tokenizer, mesh, dtype, device)
         gc.collect()  # the model and its methods refer to each other: without it, its memory would stay taken
@@ -562,6 +566,8 @@ def main(args: Args) -> None:
     data = common.fingerprint(all_prompts, args.model_path, reward_path)
     done, carried = run.start(trained, args.num_updates, data, kl_coef=args.kl_coef, usual_surprise=None)
     B, longest_prompt = args.rollout_batch_size, max(map(len, all_prompts))
+    for path, model in ((args.model_path, policy), (reward_path, rm), (critic_path, critic)):
+        common.check_positions(path, model, longest_prompt + args.response_length)
     mine = torch.arange(B).chunk(world_size)[rank]  # the rows this rank rolls out and scores
     for update in range(done + 1, args.num_updates + 1):
         # ---- 4 Rollout: each rank answers its share of the prompts, then all ranks hold all answers (a few MB) -------
@@ -712,7 +718,7 @@ def main(args: Args) -> None:
             if off_support > 0.5:
                 common.log(f"warning: {off_support:.0%} of the answers surprise the reference more than 95 % of its "
                            "own: the RM has seen nothing like them; raise --kl-coef")  # fmt: skip
-        if args.kl_target is not None:  # Section 2.2 of arXiv:1909.08593: proportional control, at most 2 % per update
+        if args.kl_target:  # Section 2.2 of arXiv:1909.08593: proportional control, at most 2 % per update
             carried.kl_coef *= 1 + 0.1 * min(max(sequence_kl / args.kl_target - 1, -0.2), 0.2)
         common.check(sequence_kl <= args.max_kl, f"update {update}: {sequence_kl:.0f} nats per answer to the reference "
                      "are above --max-kl: lower --learning-rate or raise --kl-coef")  # fmt: skip

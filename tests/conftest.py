@@ -37,7 +37,7 @@ USER_TEXT = lambda text: [{"role": "user", "content": text}]
 @functools.cache
 def task_examples(split: str = "train") -> list[common.Example]:
     """The embedded task's preference pairs."""
-    return [common.from_row(row, "preference pairs") for row in lists.rows(split)]
+    return [common.from_row(row, "preference pairs", "pairs") for row in lists.rows(split)]
 
 
 def gold(question: str, answer: str) -> float:

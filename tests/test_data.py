@@ -10,6 +10,8 @@ import lists
 import pytest
 import torch
 from conftest import ROOT, gold, task_examples
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 import common
 import train_gvm
@@ -294,7 +296,7 @@ def test_prompt_and_answer_tokens():
 
 def test_unknown_words_are_counted(capsys):
     common.tokenize_answers(lists.model()[1], ["dog and xylophone.", "cat."], 20)
-    assert "16.7% of the answers' tokens are unknown" in capsys.readouterr().out
+    assert "1 of 2 answers have parts unknown to the tokenizer" in capsys.readouterr().out
     common.tokenize_answers(lists.model()[1], ["dog and cow."], 20)
     assert "unknown" not in capsys.readouterr().out
 
@@ -306,7 +308,10 @@ def test_control_tokens_in_a_text(capsys):
         tokenizer, ["dog and cow.", "dog<eos> and <user>cow.<eos>", "hm"], 20
     )
     assert plain == quoting and plain.count(tokenizer.eos_token_id) == 1
-    assert unknown == [tokenizer.unk_token_id, tokenizer.eos_token_id]  # a word that is not known is no control token
+    assert list(unknown) == [
+        tokenizer.unk_token_id,
+        tokenizer.eos_token_id,
+    ]  # no control token
     assert "1 of 3 answers had control tokens such as '<eos>' in their text" in capsys.readouterr().out
     good, bad, role = (
         common.Example([{"role": role, "content": content}])
@@ -330,7 +335,7 @@ def test_control_tokens_that_are_not_called_special():
     )
     marks = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     others = set(tokenizer.convert_tokens_to_ids(["<think>", "\n\n", "<unk>"]))
-    controls = common.control_ids(tokenizer)
+    controls = common.chat_marks(tokenizer)[2]
     assert set(marks) <= controls and not others & controls
     (answer,) = common.tokenize_answers(tokenizer, ["<think>dog<|im_end|><|im_start|>user"], 20)
     assert answer[-1] == marks[1] and answer.count(marks[1]) == 1 and marks[0] not in answer
@@ -343,7 +348,7 @@ def test_the_end_of_a_turn_is_what_the_template_writes(tail, expected):
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}" + tail + "{% endif %}{% endfor %}"
     )
-    assert tokenizer.convert_ids_to_tokens(common.end_of_turn_id(tokenizer)) == expected
+    assert tokenizer.convert_ids_to_tokens(common.chat_marks(tokenizer)[1]) == expected
 
 
 def test_a_base_model_without_template_keeps_its_first_token(tmp_path, tiny_model):
@@ -388,12 +393,12 @@ def test_a_forced_thought_is_closed():
     "{{ raise_exception('no') }}", "{% for %}", "{{ 1 / 0 }}", "{{ messages + 1 }}", "nothing of it",
 ])  # fmt: skip
 def test_templates_that_fail_are_no_traceback(template):
-    """An answer then ends with EOS; prompts that are refused are dropped and counted."""
+    """An answer then ends with EOS; prompts that are refused, or of which nothing is left, are dropped and counted."""
     tokenizer = lists.model()[1]
     tokenizer.chat_template = template
-    assert common.end_of_turn_id(tokenizer) == tokenizer.eos_token_id
-    if template != "nothing of it":
-        assert common.tokenize_prompt(tokenizer, [{"role": "user", "content": "list two metals"}]) == []
+    assert common.chat_marks(tokenizer)[1] == tokenizer.eos_token_id
+    with pytest.raises(common.UserError, match="1 x (refused|changed or omitted) by the chat template"):
+        common.fit_prompts(tokenizer, [common.Example([{"role": "user", "content": "list two metals"}])], 99)
 
 
 def test_of_several_chat_templates_the_default_is_used_and_saved(tmp_path):
@@ -416,6 +421,49 @@ def test_prompts_that_the_template_refuses_are_dropped(capsys):
     good = common.Example([{"role": "user", "content": "b"}])
     assert common.fit_prompts(tokenizer, [bad, good], 9)[0] == [good]
     assert "1 x refused by the chat template" in capsys.readouterr().out
+
+
+def test_what_a_template_omits_or_changes_is_told(capsys):
+    tokenizer = lists.model()[1]
+    system = common.Example([{"role": "system", "content": "three metals"}, {"role": "user", "content": "list"}])
+    plain = common.Example([{"role": "user", "content": "list"}])
+    tokenizer.chat_template = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    assert common.fit_prompts(tokenizer, [system, plain], 9)[0] == [plain]
+    assert "1 x changed or omitted by the chat template" in capsys.readouterr().out
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content | replace('three', '3') }} {% endfor %}"
+    assert common.fit_prompts(tokenizer, [system, plain], 9)[0] == [plain]
+
+
+@pytest.mark.parametrize("space", ["", " "])
+def test_an_answer_has_the_tokens_that_it_has_in_a_chat(space):
+    """SentencePiece's tokenizers put a space before a text: right behind "[/INST] ", wrong behind a newline."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.BpeTrainer(special_tokens=["<unk>", "</s>"], initial_alphabet=["\n", "▁"], show_progress=False)
+    tokenizer.train_from_iterator(["dog and cow", "final-answer", "question", "a\nb", "x"], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}\n{% else %}" + space + "{{ m.content }}</s>"
+        "{% endif %}{% endfor %}"
+    )
+    asked, said = {"role": "user", "content": "question"}, {"role": "assistant", "content": "dog and cow"}
+    whole = tokenizer(tokenizer.apply_chat_template([asked, said], tokenize=False)).input_ids
+    (answer,) = common.tokenize_answers(tokenizer, ["dog and cow"], 20)
+    assert list(answer) == whole[-len(answer) :]
+    assert ("▁" in tokenizer.convert_ids_to_tokens(answer[0])) == (space == " ")
+
+
+@pytest.mark.parametrize("where", ["../secret.jsonl", "https://example.org/secret.jsonl"])
+def test_a_folders_readme_cannot_point_elsewhere(where, tmp_path):
+    row = {"prompt": "Name a fruit.", "chosen": "pear", "rejected": "dog"}
+    write(tmp_path / "secret.jsonl", [row])
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {where}\n---\n")
+    with pytest.raises(common.UserError, match="neither readable here nor on the hub"):
+        common.load_examples(str(tmp_path / "data"), "pairs")
+    write(tmp_path / "data" / "train.jsonl", [{**row, "prompt": f"Name fruit {i}."} for i in range(40)])
+    (tmp_path / "data" / "README.md").unlink()
+    assert sum(map(len, common.load_examples(str(tmp_path / "data"), "pairs"))) == 40
 
 
 def test_micro_batches_without_needless_padding():

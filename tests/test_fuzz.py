@@ -112,14 +112,14 @@ def test_masks_cover_the_answer_and_nothing_else(rows, limit):
     responses = common.tokenize_answers(tokenizer, [e.chosen for e in examples], limit)
     batch = common.pad_batch(prompts, responses, tokenizer.pad_token_id, "cpu")
     R = batch["response_mask"].shape[1]
-    end = common.end_of_turn_id(tokenizer)
+    end = common.chat_marks(tokenizer)[1]
     for i, example in enumerate(examples):
         ids = tokenizer(example.chosen, add_special_tokens=False).input_ids
         answer = [i for i in ids if i not in (0, 1, 3, 4)] + [end]  # <pad>, <eos>, <user> and <assistant> taken out
         masked = batch["input_ids"][i, -R:][batch["response_mask"][i]].tolist()
         assert masked == answer[:limit] and 0 < len(masked) <= limit and end not in masked[: len(answer) - 1]
         real = batch["input_ids"][i][batch["attention_mask"][i]].tolist()
-        assert real == prompts[i] + masked
+        assert real == [*prompts[i], *masked]
         assert real.count(end) <= 1 and example.prompt[0]["content"].count("<eos>") == 0
         shown = tokenizer.apply_chat_template(example.prompt, tokenize=False, add_generation_prompt=True)
-        assert prompts[i] == tokenizer(shown, add_special_tokens=False).input_ids
+        assert list(prompts[i]) == tokenizer(shown, add_special_tokens=False).input_ids

@@ -18,19 +18,19 @@ END = 1
 
 
 def logprobs_of(model, prompt, answer, temperature=1.0):
-    logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1] / temperature
+    logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1] / temperature
     return torch.log_softmax(logits, -1).gather(1, torch.tensor(answer)[:, None])[:, 0]
 
 
 def values_of(model, prompt, answer):
-    hidden = model.model(torch.tensor([prompt + answer])).last_hidden_state
+    hidden = model.model(torch.tensor([[*prompt, *answer]])).last_hidden_state
     return model.score(hidden)[0, len(prompt) - 1 :, 0]
 
 
 def sampled(model, prompt, uniforms, temperature):
     answer = []
     for u in uniforms:
-        probs = torch.softmax(model(torch.tensor([prompt + answer])).logits[0, -1] / temperature, -1)
+        probs = torch.softmax(model(torch.tensor([[*prompt, *answer]])).logits[0, -1] / temperature, -1)
         answer.append(int((probs.cumsum(0) <= u * probs.sum()).sum()))
         if answer[-1] == END:
             break
@@ -68,7 +68,7 @@ def test_policy_updates(method, tiny_model, tiny_gvm, tmp_path):
     dvpo, tokenizer = method == "DVPO", common.load_tokenizer(tiny_model)
     module = train_dvpo if dvpo else train_ppo_baseline
     ppo = {"reward_path": tiny_gvm, "reward_batch_size": 3, "missing_eos_penalty": 0.7}  # the 3 is not used: no error
-    more = {"gvm_path": tiny_gvm} if dvpo else ppo
+    more = {"gvm_path": tiny_gvm} if dvpo else {**ppo, "critic_learning_rate": 3e-3}
     judge, critic = (AutoModelForSequenceClassification.from_pretrained(tiny_gvm) for _ in range(2))
     if method.endswith("its own"):
         more["critic_path"] = str(tmp_path / "critic")

@@ -362,7 +362,7 @@ def test_dvpo_conditions_a_gvm_that_was_trained_so(tiny_model, tiny_gvm, tmp_pat
     monkeypatch.setattr(
         common,
         "condition",
-        lambda rng, ids, *rest: conditioned.append((ids, condition(rng, ids, *rest))) or conditioned[-1][1],
+        lambda rng, ids, *rest: conditioned.append((list(ids), condition(rng, ids, *rest))) or conditioned[-1][1],
     )
     scores = []
     for path in (tiny_gvm, str(tmp_path / "gvm")):

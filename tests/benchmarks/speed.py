@@ -124,7 +124,9 @@ def measure(method: str, args: Args) -> dict:
         script = {"dvpo": "train_dvpo", "ppo": "train_ppo_baseline"}[method]
         module = __import__(script)
         module.full_state_dict = lambda *arguments: None
-        own = {"ppo": {"critic_learning_rate": 0.0, "reward_path": "random"}}.get(method, {})
+        own = {"ppo": {"critic_learning_rate": 0.0, "reward_learning_rate": 0.0, "reward_path": "random"}}.get(
+            method, {}
+        )
         module.main(
             module.Args(
                 dataset=str(prompts), output_dir=folder + "/out", learning_rate=0.0, sample_every=10**9,
