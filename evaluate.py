@@ -436,13 +436,13 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # 
 WORDS = {"gold": "exact score (gold), at most 1", "gvm_score": "value model's score",
          "kl": "KL to the reference, nats per answer", "response_length": "answer length, tokens",
          "eos_rate": "share of answers that end by themselves", "win_rate": "win rate",
-         "scores": "score by the run's own judge", "off_support": "share of answers unlike the reference's"}  # fmt: skip
+         "scores": "score by the run's judge", "off_support": "share of answers unlike the reference's"}  # fmt: skip
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Evaluation</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width"><style>:root{color-scheme:light dark}body{font:15px/1.5 sans-serif;
 margin:2em auto;max-width:70em;padding:0 1em}table{display:block;overflow-x:auto}td{padding:.2em .8em}
 tr:first-child{font-weight:bold}tr:nth-child(even){background:#8882}pre{font:inherit;line-height:1.9;white-space:pre-wrap;
-overflow-wrap:anywhere}pre span{color:#000;padding:.15em;margin:1px;outline:1px solid #8883}figure{text-align:center;
+overflow-wrap:anywhere}pre span{color:#000;padding:.15em 0;outline:1px solid #8883}figure{text-align:center;
 display:inline-block;width:min(22em,100%);margin:0 1em 1em 0}svg{fill:none;stroke:#888;stroke-width:1.5;
 stroke-linecap:round;text-anchor:middle}text{fill:currentColor;stroke:none;font-size:11px}</style><h1>Evaluation</h1>"""
 
@@ -475,7 +475,7 @@ def caption(policies: dict) -> str:
     if judge is None:
         return "no judge of answers: neither an exact score nor a GVM"
     biased = "; the GVM is no impartial judge of a policy that was trained against it" * (judge == "gvm_score")
-    return f"[95 % bootstrap interval] of ten prompts or more; wins by {judge} against the first policy, ties half{biased}"
+    return f"[95 % bootstrap interval over prompts]; win rate by {judge} against the first policy, ties half{biased}"
 
 
 @torch.no_grad()
@@ -505,15 +505,15 @@ def heat_map(examples: list[tuple], terminal: bool = False) -> str:
     levels = [abs(value) for _, answers in examples for *_, values in answers for value in values]
     if levels:
         limit = torch.tensor(levels).quantile(0.98).item() or 1.0  # the few beyond it have its colour
-        page += "A token's colour is its value: what the finished answer is expected to be worth, once it is read. "
-        page += f"[prompt] is before the first. ▲ ▼: up or down by more than {limit / 4:.2g}. Scale: "
+        page += "A token's colour: what the finished answer should be worth, judged there. On the page, point at it. "
+        page += f"[prompt]: before the first token. ▲ ▼: up or down by more than {limit / 2:.2g}. From bad to good: "
         page += "".join(cell.format(*colour(x, 1), x * limit, 0, f" {x * limit:+.2g} ") for x in (-1, -0.5, 0, 0.5, 1))
     for prompt, answers in examples:
         page += "\n\n" + bold.format(escape(prompt))
         for name, tokens, values in answers:
             page += f"\n{escape(name)} "
-            for text, before, value in zip(["[prompt]", *tokens[:400]], values[:1] + values, values):
-                mark = "▲" * (value - before > limit / 4) + "▼" * (before - value > limit / 4)
+            for text, before, value in zip(["[prompt] ", *tokens[:400]], values[:1] + values, values):
+                mark = "▲" * (value - before > limit / 2) + "▼" * (before - value > limit / 2)
                 shown = escape(text.replace("\n", "⏎")) + mark
                 page += cell.format(*colour(value, limit), value, value - before, shown) + "\n" * text.count("\n")
             page += f" … {len(tokens) - 400} more tokens" * (len(tokens) > 400)
@@ -545,7 +545,7 @@ def score_against_kl(results: dict) -> str:
 
 
 def learning_curves(results: dict) -> str:
-    """Learning curves. A run's own judge (DVPO: value model, PPO: reward model) errs on answers unlike the reference's."""
+    """Learning curves. A run's judge (DVPO: value model, PPO: reward model) errs on answers unlike the reference's."""
     curves = {key: {name: [] for name in results["policies"]} for key in WORDS}
     for name, policy in results["policies"].items():
         file = Path(policy["path"]).expanduser() / "metrics.jsonl"
@@ -706,8 +706,8 @@ def main(args: Args) -> None:
     if dist.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         write_html(folder / "report.html", results, examples)
-        if args.show:
-            print(heat_map(examples, terminal=True), flush=True)
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            print(heat_map(examples, terminal=True) if args.show else "", flush=True)
     for text, rows in tables(results):
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
