@@ -505,7 +505,7 @@ def heat_map(examples: list[tuple], terminal: bool = False) -> str:
     levels = [abs(value) for _, answers in examples for *_, values in answers for value in values]
     if levels:
         limit = torch.tensor(levels).quantile(0.98).item() or 1.0  # the few beyond it have its colour
-        page += "A token's colour: what the finished answer should be worth, judged there. On the page, point at it. "
+        page += "A token's colour: how good the finished answer will be, judged up to there. On the page, point at it. "
         page += f"[prompt]: before the first token. ▲ ▼: up or down by more than {limit / 2:.2g}. From bad to good: "
         page += "".join(cell.format(*colour(x, 1), x * limit, 0, f" {x * limit:+.2g} ") for x in (-1, -0.5, 0, 0.5, 1))
     for prompt, answers in examples:
