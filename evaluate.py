@@ -545,7 +545,7 @@ def score_against_kl(results: dict) -> str:
 
 
 def learning_curves(results: dict) -> str:
-    """Learning curves. A run's judge (DVPO: value model, PPO: reward model) errs on answers unlike the reference's."""
+    """Learning curves. A run's judge (DVPO: value model, PPO: reward model) may err far from the reference."""
     curves = {key: {name: [] for name in results["policies"]} for key in WORDS}
     for name, policy in results["policies"].items():
         file = Path(policy["path"]).expanduser() / "metrics.jsonl"
