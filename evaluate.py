@@ -66,6 +66,8 @@ class Args:
     """tokens; longer answers are cut; None: 20, to be named for models wider than 256"""
     temperature: float = 1.0
     """of sampling and of log-probs; 0 samples greedily, with log-probs at 1"""
+    show: int | None = None
+    """print the token values of answers to so many prompts and of so many held-out pairs, in colour"""
 
     # Machine
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -351,7 +353,7 @@ def value_report(statistics: dict[str, torch.Tensor], outcomes: torch.Tensor, pa
 
     `outcomes (N,)` is what came of each answer (label or score); `pairs (M, 2)` indexes good and bad answers. Returns
     `pair_accuracy` by statistic (ties count half), `explained_variance` and `correlation` of the last value with the
-    outcome, and all three `by_fraction` of the answer seen.
+    outcome, all three `by_fraction` of the answer seen, and the `calibration` (mean value, mean outcome) of ten bins.
     """
 
     def quality(values):
@@ -361,28 +363,14 @@ def value_report(statistics: dict[str, torch.Tensor], outcomes: torch.Tensor, pa
             "correlation": correlation(values, outcomes.double()),
         }
 
-    names = ["mean", "last", *(f"p{p}" for p in PERCENTILES)]
+    names, last = ["mean", "last", *(f"p{p}" for p in PERCENTILES)], statistics["last"]
+    bins = last.argsort(stable=True).tensor_split(10)
     return {
         **quality(statistics["last"]),
         "pair_accuracy": {name: quality(statistics[name])["pair_accuracy"] for name in names},
         "by_fraction": {f"{f:g}": quality(statistics[f"at_{f:g}"]) for f in FRACTIONS},
+        "calibration": [[x[rows].double().mean().item() for x in (last, outcomes)] for rows in bins if len(rows)],
     }
-
-
-def value_tables(report: dict) -> str:
-    """`value_report` as two readable tables."""
-    accuracy = report["pair_accuracy"]
-    show = lambda x: "     -" if x is None else f"{x:6.3f}"
-    lines = ["(p5: the 5th percentile of an answer's token values)"]
-    lines.append(f"{'pair accuracy by':<20}" + " ".join(f"{name:>6}" for name in accuracy))
-    lines.append(" " * 20 + " ".join(show(x) for x in accuracy.values()))
-    lines.append(f"{'answer seen':<20}" + " ".join(f"{float(f):6.0%}" for f in report["by_fraction"]))
-    names = {"pair_accuracy": "pair accuracy", "explained_variance": "explained variance",
-             "correlation": "label correlation", "gold_correlation": "gold correlation"}  # fmt: skip
-    for key, name in names.items():
-        if all(key in row for row in report["by_fraction"].values()):
-            lines.append(f"{name:<20}" + " ".join(show(row[key]) for row in report["by_fraction"].values()))
-    return "\n".join(lines)
 
 
 @torch.no_grad()
@@ -436,62 +424,163 @@ def sample(name, policy, reference, gvm, prompts: list[list[int]], end_ids, pad_
     names = ("response_ids", "response_mask", "kl", "ended")
     answers = {n: common.all_gather(torch.cat(p))[: len(prompts)].cpu() for n, p in zip(names, zip(*parts))}
     common.check(answers["kl"].isfinite().all(), f"{name}: its log-probs or the reference's are not finite")
+    rows = zip(prompts, answers["response_ids"], answers["response_mask"])
+    judged = answers["judged"] = [Answer(prompt, ids[mask].tolist(), 0.0, "policy") for prompt, ids, mask in rows]
     if gvm is not None:
-        rows = zip(prompts, answers["response_ids"], answers["response_mask"])
-        judged = [Answer(prompt, ids[mask].tolist(), 0.0, "policy") for prompt, ids, mask in rows]
         answers["scores"] = heldout_statistics(gvm, judged, pad_id, device, args)["last"]
         common.check(answers["scores"].isfinite().all(), f"{args.gvm_path}: its values are not finite")
     return answers
 
 
 # ---- Report ----------------------------------------------------------------------------------------------------------
-def policy_table(policies: dict) -> list[list[str]]:
-    """Header and one row of texts per policy."""
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's: told apart by all
+WORDS = {"gold": "exact score (gold), at most 1", "gvm_score": "value model's score",
+         "kl": "KL to the reference, nats per answer", "response_length": "answer length, tokens",
+         "eos_rate": "share of answers that end by themselves", "win_rate": "win rate",
+         "scores": "score by the run's judge", "off_support": "share of answers unlike the reference's"}  # fmt: skip
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Evaluation</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width"><style>:root{color-scheme:light dark}body{font:15px/1.5 sans-serif;
+margin:2em auto;max-width:70em;padding:0 1em}table{display:block;overflow-x:auto}td{padding:.2em .8em}
+tr:first-child{font-weight:bold}tr:nth-child(even){background:#8882}pre{font:inherit;line-height:1.9;white-space:pre-wrap;
+overflow-wrap:anywhere}pre span{color:#000;padding:.15em 0;outline:1px solid #8883}figure{text-align:center;
+display:inline-block;width:min(22em,100%);margin:0 1em 1em 0}svg{fill:none;stroke:#888;stroke-width:1.5;
+stroke-linecap:round;text-anchor:middle}text{fill:currentColor;stroke:none;font-size:11px}</style><h1>Evaluation</h1>"""
 
-    def show(x):
-        if not isinstance(x, dict):
-            return f"{x:.3f}"
-        return f"{x['mean']:.3f}" + (f" [{x['low']:.3f}, {x['high']:.3f}]" if "low" in x else "")
 
-    columns = [c for c in ("gold", "gvm_score", "kl", "response_length", "eos_rate", "win_rate")
-               if any(c in row for row in policies.values())]  # fmt: skip
-    rows = [[name, *(show(row[c]) if c in row else "-" for c in columns)] for name, row in policies.items()]
-    return [["policy", *columns], *rows]
+def table(corner: str, rows: dict[str, dict]) -> list[list[str]]:
+    """Header and one row of texts for each of `rows`, of numbers or means with their intervals."""
+    bounds = lambda x: f" [{x['low']:.3f}, {x['high']:.3f}]" if "low" in x else ""
+    show = lambda x: "-" if x is None else f"{x['mean']:.3f}{bounds(x)}" if isinstance(x, dict) else f"{x:.3f}"
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    return [[corner, *columns], *([name, *(show(row.get(c)) for c in columns)] for name, row in rows.items())]
+
+
+def tables(results: dict):
+    """Captions and tables: of the policies, and of the GVM on held-out pairs."""
+    policies = {name: {c: row[c] for c in WORDS if c in row} for name, row in results["policies"].items()}
+    yield caption(policies), table("policy", policies)
+    if gvm := results.get("gvm"):
+        accuracy = {"GVM": gvm["pair_accuracy"]}
+        if "gold_pair_accuracy" in gvm:
+            accuracy["gold"] = {"last": gvm["gold_pair_accuracy"]}
+        yield "held-out pairs ranked rightly by a statistic of their token values", table("judge", accuracy)
+        yield "value against label, once so much of an answer is read", table("share read", gvm["by_fraction"])
+        if "by_policy" in gvm:
+            yield "means, and correlation of value and label, by writer", table("written by", gvm["by_policy"])
 
 
 def caption(policies: dict) -> str:
-    """What the numbers of `policy_table` mean."""
+    """What the numbers of the policies mean."""
     judge = next((row["win_rate"]["judge"] for row in policies.values() if "win_rate" in row), None)
     if judge is None:
         return "no judge of answers: neither an exact score nor a GVM"
-    text = (
-        f"95 % bootstrap intervals over prompts, ten at least; win rate by {judge} against the first policy, ties half"
-    )
-    if judge == "gvm_score":
-        text += "; the GVM is no impartial judge of a policy that was trained against it"
-    return text
+    biased = "; the GVM is no impartial judge of a policy that was trained against it" * (judge == "gvm_score")
+    return f"[95 % bootstrap interval over prompts]; win rate by {judge} against the first policy, ties half{biased}"
 
 
-def write_html(path: Path, results: dict, samples: list[list[str]]) -> None:
+@torch.no_grad()
+def shown_answer(gvm, tokenizer, name: str, answer: Answer, pool: list[Answer]) -> tuple:
+    """`name`, the texts of the answer's tokens, and V(s_1) with the value after every token. All ranks do the same."""
+    if gvm is None:
+        return f"{name}: {tokenizer.decode(answer.response_ids)}", [], []
+    batch = make_batch(gvm.config, [answer], policy_pools(pool), "heldout", tokenizer.pad_token_id, gvm.device)
+    pairs = [answer.response_ids[max(0, i - 1) : i + 1] for i in range(len(answer.response_ids))]  # spaces need two
+    tokens = [tokenizer.decode(pair).removeprefix(tokenizer.decode(pair[:-1])) for pair in pairs]
+    return name, tokens, gvm.token_values(**batch)[0].tolist()
+
+
+def colour(value: float, limit: float) -> tuple[int, int, int]:
+    """From red at `-limit` over white to blue at `limit`, as (red, green, blue); black text can be read on each."""
+    share = max(-1.0, min(1.0, value / limit))
+    end = (90, 150, 255) if share > 0 else (255, 100, 90)
+    return tuple(round(255 + abs(share) * (part - 255)) for part in end)
+
+
+def heat_map(examples: list[tuple], terminal: bool = False) -> str:
+    """Prompts, each with its `shown_answer`s, every token on the colour of its value: HTML, or for a terminal."""
+    page, bold, escape = "", "<b>{}</b>", lambda text: html.escape(common.printable(text))
+    cell = '<span style="background:rgb({0},{1},{2})" title="value {3:+.3f}, change {4:+.3f}">{5}</span>'
+    if terminal:
+        bold, escape, cell = "\x1b[1m{}\x1b[0m", common.printable, "\x1b[38;2;0;0;0;48;2;{0};{1};{2}m{5}\x1b[0m"
+    levels = [abs(value) for _, answers in examples for *_, values in answers for value in values]
+    if levels:
+        limit = torch.tensor(levels).quantile(0.98).item() or 1.0  # the few beyond it have its colour
+        page += "A token's colour: how good the finished answer will be, judged up to there. On the page, point at it. "
+        page += f"[prompt]: before the first token. ▲ ▼: up or down by more than {limit / 2:.2g}. From bad to good: "
+        page += "".join(cell.format(*colour(x, 1), x * limit, 0, f" {x * limit:+.2g} ") for x in (-1, -0.5, 0, 0.5, 1))
+    for prompt, answers in examples:
+        page += "\n\n" + bold.format(escape(prompt))
+        for name, tokens, values in answers:
+            page += f"\n{escape(name)} "
+            for text, before, value in zip(["[prompt] ", *tokens[:400]], values[:1] + values, values):
+                mark = "▲" * (value - before > limit / 2) + "▼" * (before - value > limit / 2)
+                shown = escape(text.replace("\n", "⏎")) + mark
+                page += cell.format(*colour(value, limit), value, value - before, shown) + "\n" * text.count("\n")
+            page += f" … {len(tokens) - 400} more tokens" * (len(tokens) > 400)
+    return page
+
+
+def plot(title: str, x_title: str, series: dict[str, list[tuple]], guide: tuple = ()) -> str:
+    """An inline SVG: for every name a line through its points (x, y), dots where they are few; a grey `guide`."""
+    xs, ys = zip(*guide, *(point for points in series.values() for point in points))
+    left, width, bottom, height = min(xs), max(xs) - min(xs) or 1, min(ys), max(ys) - min(ys) or 1
+    place = lambda point: f"{50 + 265 * (point[0] - left) / width:.1f},{155 - 140 * (point[1] - bottom) / height:.1f} "
+    svg, legend = f'<path d="M45,10v150h275"/><polyline points="{"".join(map(place, guide))}"/>', ""
+    for share in (0, 0.5, 1):
+        svg += f'<text x="{50 + 265 * share}" y="175">{left + share * width:.3g}</text>'
+        svg += f'<text x="20" y="{159 - 140 * share}">{bottom + share * height:.3g}</text>'
+    for i, (name, points) in enumerate(series.items()):
+        places, ink = [place(point) for point in points], PALETTE[i % len(PALETTE)]
+        dots = "".join(f"M{at}h0" for at in places if len(places) <= 20)
+        svg += f'<g stroke="{ink}"><polyline points="{"".join(places)}"/><path d="{dots}" stroke-width="8"/></g>'
+        legend += f'<span style="color:{ink}">●</span> {html.escape(name)} ' * bool(points)
+    return f'<figure><b>{title}</b><br>{legend}<svg viewBox="0 0 340 180">{svg}</svg>{x_title}</figure>'
+
+
+def score_against_kl(results: dict) -> str:
+    """Score against KL. How good the answers are, and how far the policy moved from the reference; left is cheaper."""
+    rows = results["policies"].items()
+    points = lambda judge: {name: [(row["kl"], row[judge]["mean"])] for name, row in rows if judge in row}
+    return "".join(plot(WORDS[x], WORDS["kl"], points(x)) for x in ("gold", "gvm_score") if points(x))
+
+
+def learning_curves(results: dict) -> str:
+    """Learning curves. A run's judge (DVPO: value model, PPO: reward model) may err far from the reference."""
+    curves = {key: {name: [] for name in results["policies"]} for key in WORDS}
+    for name, policy in results["policies"].items():
+        file = Path(policy["path"]).expanduser() / "metrics.jsonl"
+        for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # a torn line
+                row = {key.split("/")[-1]: float(value) for key, value in dict(json.loads(line)).items()}
+                for key in WORDS.keys() & row.keys():
+                    curves[key][name].append((row["step"], row[key]))
+    return "".join(plot(WORDS[key], "update", curves[key]) for key in WORDS if any(curves[key].values()))
+
+
+def ranking(results: dict) -> str:
+    """Ranking. Does the better of two held-out answers have the higher value, once so much is read? Grey: chance."""
+    points = [(float(share), row["pair_accuracy"]) for share, row in results["gvm"]["by_fraction"].items()]
+    return plot("pairs ranked rightly", "share of each answer read", {"GVM": points}, ((0, 0.5), (1, 0.5)))
+
+
+def calibration(results: dict) -> str:
+    """Calibration. What came of held-out answers, in ten groups by their value. Grey: what the values say."""
+    points = {"a tenth of the answers": results["gvm"]["calibration"]}
+    return plot("mean label: 1 preferred, -1 not", "mean value", points, ((-1, -1), (1, 1)))
+
+
+def write_html(path: Path, results: dict, examples: list[tuple]) -> None:
     """A self-contained page: no script, no request, and every text of a model or dataset escaped."""
-
-    def table(rows):
-        cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-        return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
-
-    body = ["<h1>Evaluation</h1><h2>Policies</h2>", table(policy_table(results["policies"]))]
-    body += [f"<p>{html.escape(caption(results['policies']))}</p>"]
-    if "gvm" in results:
-        body += ["<h2>Global value model</h2><pre>", html.escape(value_tables(results["gvm"])), "</pre>"]
-    body += ["<h2>Samples</h2>", table(samples)]
-    path.write_text(
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Evaluation</title>'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        "<style>body{font:15px/1.5 sans-serif;margin:2em auto;max-width:75em}td{padding:.2em .8em;vertical-align:top}"
-        "tr:first-child{font-weight:bold}tr:nth-child(even){background:#f4f4f4}</style></head><body>"
-        f"{''.join(body)}</body></html>\n",
-        encoding="utf-8",
-    )
+    grids, pictures = [], [f"<h2>Answers</h2><pre>{heat_map(examples)}</pre>"]
+    for text, (header, *rows) in tables(results):
+        rows = [[WORDS.get(name, name.replace("_", " ")) for name in header], *rows]
+        rows = ["".join(f"<td>{html.escape(cell)}" for cell in row) for row in rows]
+        grids.append(f"<table><tr>{'<tr>'.join(rows)}</table><p>{html.escape(text)}")
+    for picture in (score_against_kl, learning_curves, *[ranking, calibration] * ("gvm" in results)):
+        title, _, text = picture.__doc__.partition(". ")  # told to readers of the code and of the page
+        pictures.append(f"<h2>{title}</h2>{text}<p>{drawn}" if (drawn := picture(results)) else "")
+    path.write_text("".join([PAGE, *grids[:1], *pictures, *grids[1:]]), encoding="utf-8")
 
 
 def main(args: Args) -> None:
@@ -524,7 +613,7 @@ def main(args: Args) -> None:
     asked, prompts = zip(*list(unique.values())[: args.num_prompts])
     asked = [example.prompt for example in asked for _ in range(args.samples_per_prompt)]  # messages
     questions = [messages[-1]["content"] for messages in asked]
-    spoken = ["\n\n".join(f"{m['role']}: {m['content']}" for m in messages) for messages in asked]
+    spoken = lambda messages: "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
     exact_score = getattr(common.load_task(args.dataset), "score", None)  # "gold", where the task has one
     repeated = [prompt for prompt in prompts for _ in range(args.samples_per_prompt)]
     common.log(f"{len(prompts)} held-out prompts x {args.samples_per_prompt} answers")
@@ -553,15 +642,14 @@ def main(args: Args) -> None:
 
     # ---- 4 Policies --------------------------------------------------------------------------------------------------
     by_prompt = lambda x: x.double().view(len(prompts), args.samples_per_prompt)
-    samples = [["prompt", *paths], *([text] for text in spoken[:: args.samples_per_prompt][:10])]
+    examples = [(spoken(messages), []) for messages in asked[:: args.samples_per_prompt][: args.show or 6]]
     baseline, written = None, []
     for name, path in paths.items():
         policy = frozen(common.load_policy(path, tokenizer, dtype))
         end_ids = torch.tensor(policy.generation_config.eos_token_id, device=device)  # (E,)
         policy = add_methods(policy, token_logprobs, generate)
         answers = sample(name, policy, reference, gvm, repeated, end_ids, tokenizer.pad_token_id, device, args)
-        rows = zip(answers["response_ids"], answers["response_mask"])
-        texts = [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in rows]
+        texts = [tokenizer.decode(answer.response_ids, skip_special_tokens=True) for answer in answers["judged"]]
         row = results["policies"][name] = {"path": path}
         verdicts = {}
         if gvm is not None:
@@ -576,8 +664,8 @@ def main(args: Args) -> None:
             judge, verdict = list(verdicts.items())[-1]
             baseline = verdict if baseline is None else baseline
             row["win_rate"] = {**interval(wins(verdict, baseline)), "judge": judge, "against": next(iter(paths))}
-        for table_row, text in zip(samples[1:], texts[:: args.samples_per_prompt]):
-            table_row.append(text)
+        for (_, shown), answer in zip(examples, answers["judged"][:: args.samples_per_prompt]):
+            shown.append(shown_answer(gvm, tokenizer, name, answer, answers["judged"]))
         numbers = {"tokens": answers["response_mask"].sum(1), "kl": answers["kl"], **verdicts}
         numbers = {key: x.flatten().tolist() for key, x in numbers.items()}
         for i, text in enumerate(texts):  # `instruction`, `output` and `generator` are what AlpacaEval reads
@@ -595,6 +683,9 @@ def main(args: Args) -> None:
         judged, _ = tokenize(tokenizer, rated, "preference", args)
         statistics = heldout_statistics(gvm, judged, tokenizer.pad_token_id, device, args)
         labels = torch.tensor([answer.label for answer in judged])
+        for example, *pair in zip(rated[: args.show or 6], judged[::2], judged[1::2]):
+            shown = [shown_answer(gvm, tokenizer, side, x, judged) for side, x in zip(("chosen", "rejected"), pair)]
+            examples.append((spoken(example.prompt), shown))
         pairs = torch.arange(len(judged)).view(-1, 2)
         report = results["gvm"] = {"path": args.gvm_path, **value_report(statistics, labels, pairs)}
         for name in sorted({answer.policy for answer in judged if answer.policy}):  # is the value global?
@@ -615,19 +706,13 @@ def main(args: Args) -> None:
     # ---- 6 Report ----------------------------------------------------------------------------------------------------
     if dist.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        write_html(folder / "report.html", results, samples)
-    table = policy_table(results["policies"])
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    common.log("\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table))
-    common.log(f"({caption(results['policies'])})")
-    if "gvm" in results:
-        common.log(f"\n{args.gvm_path} on held-out pairs:\n{value_tables(results['gvm'])}")
-        if "by_policy" in results["gvm"]:
-            rows = [f"{name[:24]:<24}" + "".join(f"{x:12.3f}" for x in row.values())
-                    for name, row in results["gvm"]["by_policy"].items()]  # fmt: skip
-            common.log("\n".join([f"{'written by':<24}prompt value final value  mean label correlation", *rows]))
-        if "gold_pair_accuracy" in results["gvm"]:
-            common.log(f"pair accuracy of the gold score itself: {results['gvm']['gold_pair_accuracy']:.3f}")
+        write_html(folder / "report.html", results, examples)
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            print(heat_map(examples, terminal=True) if args.show else "", flush=True)
+    for text, rows in tables(results):
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        common.log("\n".join([*lines, f"({text})\n"]))
     common.log(f"wrote results.json, report.html and answers.json in {args.output_dir}")
     common.end_processes()
 

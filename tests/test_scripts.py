@@ -2,9 +2,11 @@
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import lists
@@ -14,6 +16,7 @@ from conftest import ROOT, gold, load_weights, read_metrics, run_script, task_ex
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import common
+import evaluate
 import sft
 import train_dvpo
 import train_gvm
@@ -221,20 +224,132 @@ def test_evaluation_reports_every_policy_and_the_gvm(chain):
         for key, mean in means.items():
             assert sum(a[key] for a in mine) / len(mine) == pytest.approx(mean, abs=1e-5), key
     page = (chain / "eval" / "report.html").read_text()
-    assert "default-src 'none'" in page and "<script" not in page and "&lt;" not in page.split("<h2>")[1]
+    assert "default-src 'none'" in page and "<script" not in page and "&lt;" not in page.split("<h2>")[0]
+
+
+# ---- The report's pictures -------------------------------------------------------------------------------------------
+def hovers(page: str) -> list[tuple[float, float]]:
+    """Value and change of every coloured token of a page, without those of its scale."""
+    numbers = re.findall(r'title="value (\S+), change (\S+)"', page)
+    return [(float(value), float(change)) for value, change in numbers][5:]
 
 
 def test_reports_escape_model_output(tmp_path):
-    import evaluate
-
     row = {"gold": {"mean": 0.0, "low": 0.0, "high": 0.0}, "kl": 0.0, "response_length": 1.0, "eos_rate": 1.0}
-    payload = "<script>alert(1)</script>"
-    evaluate.write_html(
-        tmp_path / "report.html", {"policies": {payload: row}}, [["prompt", payload], [payload, payload]]
-    )
+    payload = '"><script>alert(1)</script>\x1b[2J'
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "objective/kl": 0.5}\n')
+    results = {"policies": {payload: {"path": str(tmp_path), **row}}}
+    examples = [(payload, [(payload, [payload, payload], [0.1, 0.2, 0.3])]), (payload, [(payload, [], [])])]
+    evaluate.write_html(tmp_path / "report.html", results, examples)
     page = (tmp_path / "report.html").read_text()
-    assert "<script" not in page and page.count("&lt;script&gt;") == 4
+    # A row of the table, two prompts, two names, two tokens, and the legends of two plots.
+    assert "<script" not in page and page.count("&quot;&gt;&lt;script&gt;") == 9
     assert "no judge of answers" in page and "win rate" not in page  # none is promised where there is none
+    shown = evaluate.heat_map(examples, terminal=True)
+    assert "\x1b[38;2;0;0;0;48;2;" in shown and "\x1b[2J" not in shown and shown.count("\\x1b[2J") == 6
+
+
+def test_colours_follow_the_values():
+    """A higher value is never redder or less blue; beyond the limit nothing changes; black can be read on all."""
+    colours = [evaluate.colour(value / 10, 2.0) for value in range(-30, 31)]
+    assert colours[30] == (255, 255, 255) and colours[0] == colours[10] and colours[60] == colours[50]
+    assert all(a[0] >= b[0] and a[2] <= b[2] for a, b in zip(colours, colours[1:])) and len(set(colours)) == 41
+    linear = lambda part: ((part / 255 + 0.055) / 1.055) ** 2.4
+    for red, green, blue in colours:  # WCAG's contrast ratio of black text
+        assert (0.2126 * linear(red) + 0.7152 * linear(green) + 0.0722 * linear(blue) + 0.05) / 0.05 > 4.5
+
+
+def test_tokens_bear_the_values_of_the_model(tiny_model, tiny_gvm, tmp_path, processes):
+    """On the page stands what `train_gvm.token_values` gives, and what was judged with context is shown with it."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    for path in (tiny_gvm, conditioned(tiny_gvm, tmp_path)):
+        gvm = common.load_value_model(str(path), tokenizer, torch.float32, fresh_head=False)
+        gvm.config.num_context_trajectories = getattr(gvm.config, "num_context_trajectories", 0)
+        gvm.token_values = lambda gvm=gvm, **batch: train_gvm.token_values(gvm, **batch)
+        limits = evaluate.Args(micro_batch_size=3)
+        answers, _ = evaluate.tokenize(tokenizer, task_examples()[:8], "preference", limits)
+        shown = [evaluate.shown_answer(gvm, tokenizer, "x", answer, answers) for answer in answers]
+        for answer, (_, tokens, values) in zip(answers, shown):
+            assert "".join(tokens) == tokenizer.decode(answer.response_ids) and tokens[-1] == " <eos>"
+            assert hovers(evaluate.heat_map([("", [("x", tokens, values)])])) == [
+                (pytest.approx(value, abs=5e-4), pytest.approx(value - before, abs=1e-3))
+                for value, before in zip(values, values[:1] + values)
+            ]
+        judged = evaluate.heldout_statistics(gvm, answers, tokenizer.pad_token_id, torch.device("cpu"), limits)
+        assert [values[-1] for *_, values in shown] == pytest.approx(judged["last"].tolist(), abs=1e-5)
+        if not gvm.config.num_context_trajectories:
+            batch = common.pad_batch([answers[0].prompt_ids], [answers[0].response_ids], 0, "cpu")
+            assert shown[0][2] == pytest.approx(train_gvm.token_values(gvm, **batch)[0].tolist(), abs=1e-5)
+
+
+def test_any_token_can_be_shown(digits_model, tiny_gvm, processes):
+    """Ends of lines, parts of characters, and long answers, of which the rest is counted."""
+    tokenizer = AutoTokenizer.from_pretrained(digits_model)
+    gvm = types.SimpleNamespace(config=types.SimpleNamespace(num_context_trajectories=0), device="cpu")
+    gvm.token_values = lambda response_mask, **_: torch.linspace(-1, 1, response_mask.shape[1] + 1)[None]
+    ids = tokenizer("a <b>\né" + "c" * 500).input_ids
+    name, tokens, values = evaluate.shown_answer(gvm, tokenizer, "x", evaluate.Answer([2], ids, 0.0, None), [])
+    page = evaluate.heat_map([("", [(name, tokens, values)])])
+    assert len(tokens) == len(ids) == len(values) - 1 and len(hovers(page)) == 401
+    assert "⏎</span>\n<span" in page and ">é<" in page and ">&lt;<" in page
+    assert page.endswith(f" … {len(ids) - 400} more tokens")
+
+
+def test_large_changes_are_marked():
+    page = evaluate.heat_map([("", [("x", ["up", "level", "down"], [0.0, 1.0, 1.0, -1.0])])])
+    assert ">up▲<" in page and ">level<" in page and ">down▼<" in page
+
+
+def test_learning_curves_overlay_and_bear_torn_lines(tmp_path):
+    for name, more in (
+        ("dvpo", '{"step": 3, "objec'),
+        ("ppo", 'null\n3\n{"objective/kl": 1}\n{"step": 3, "a": [1]}\n'),
+    ):
+        rows = [{"step": step, "objective/kl": step / 10, "val/off_support": 0.0} for step in (1, 2)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + more)
+    paths = {"sft": "owner/a-hub-id", "dvpo": str(tmp_path / "dvpo"), "ppo": str(tmp_path / "ppo")}
+    policies = {"policies": {name: {"path": path} for name, path in paths.items()}}
+    plots = evaluate.learning_curves(policies).split("<figure>")[1:]
+    assert len(plots) == 2 and evaluate.WORDS["kl"] in plots[0] and evaluate.WORDS["off_support"] in plots[1]
+    for plot in plots:  # a colour per policy, the same in all plots
+        drawn = re.findall(r'<g stroke="(\S+)"><polyline points="([^"]+)"', plot)
+        assert [ink for ink, points in drawn] == list(evaluate.PALETTE[1:3])
+        assert all(len(points.split()) == 2 for _, points in drawn)
+        assert "</span> dvpo" in plot and "</span> ppo" in plot and "</span> sft" not in plot
+    assert evaluate.learning_curves({"policies": {"sft": {"path": "owner/a-hub-id"}}}) == ""
+
+
+def test_calibration_counts_every_answer_once():
+    values, outcomes = torch.randn(60, dtype=torch.float64), torch.randint(2, (60,)) * 2.0 - 1
+    statistics = evaluate.token_statistics(values[:, None].expand(60, 3), torch.ones(60, 2, dtype=torch.bool))
+    bins = evaluate.value_report(statistics, outcomes, torch.arange(60).view(-1, 2))["calibration"]
+    assert len(bins) == 10 and bins == sorted(bins)
+    assert torch.tensor(bins).mean(0).tolist() == pytest.approx([values.mean().item(), outcomes.mean().item()])
+    best = outcomes[values.argsort()[-6:]]
+    assert bins[-1][1] == pytest.approx(best.mean().item())
+
+
+def test_the_report_of_a_chain(chain, tmp_path):
+    """All pictures, of one process or two; `--show` prints so many prompts and pairs in the same colours."""
+    pages = []
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        paths = [f"{name}={chain / name}" for name in ("sft", "dvpo", "ppo")]
+        command = ["evaluate.py", *paths, "--reference-path", chain / "sft", "--gvm-path", chain / "gvm",
+                   "--num-prompts", 4, "--show", 2, "--output-dir", folder]  # fmt: skip
+        result = run_script(*command, ranks=ranks)
+        assert result.returncode == 0, result.stderr[-3000:]
+        pages.append((folder / "report.html").read_text())
+        shown = re.findall(r"\x1b\[38;2;0;0;0;48;2;(\d+);(\d+);(\d+)m", result.stdout)
+        assert shown == re.findall(r"background:rgb\((\d+),(\d+),(\d+)\)", pages[-1])
+        assert result.stdout.count("\x1b[1muser: list") == 4
+    for title in ("Answers", "Score against KL", "Learning curves", "Ranking", "Calibration"):
+        assert all(f"<h2>{title}</h2>" in page for page in pages), title
+    assert not re.search(r"https?:|<script|<link|<img|src=|@import|url\(", pages[0])
+    assert len(hovers(pages[0])) == len(hovers(pages[1])) > 40
+    for one, two in zip(hovers(pages[0]), hovers(pages[1])):
+        assert one == pytest.approx(two, abs=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -488,8 +603,6 @@ def test_a_frozen_head_gets_no_gradient():
 # ---- Evaluating one's own file ---------------------------------------------------------------------------------------
 def test_evaluation_of_a_small_file(tiny_model, tmp_path, capsys):
     """What is held out is told, with the way to all; no interval of a few prompts; a whole conversation is shown."""
-    import evaluate
-
     turns = [{"role": "user", "content": "list two animals"}, {"role": "assistant", "content": "dog and cow."}]
     rows = [{"prompt": [*turns, {"role": "user", "content": f"list {n} metals"}], "chosen": "tin.", "rejected": "dog."}
             for n in (*lists.NUMBERS, "the", "or")]  # fmt: skip
@@ -505,6 +618,8 @@ def test_evaluation_of_a_small_file(tiny_model, tmp_path, capsys):
     assert f"{len(rows)} of {len(rows)} examples are evaluated" in capsys.readouterr().out
     page = (tmp_path / "eval" / "report.html").read_text()
     assert "list two animals" in page and "dog and cow." in page
+    for absent in ("A token's colour", "<h2>Score", "<h2>Learning", "<h2>Ranking", "<h2>Calibration", "nan", "None"):
+        assert absent not in page, absent
     assert evaluate.interval(torch.ones(9, 2)).keys() == {"mean"} != evaluate.interval(torch.ones(10, 2)).keys()
 
 
