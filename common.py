@@ -256,6 +256,7 @@ class Example:
     score_rejected: float | None = None
     chosen_policy: str | None = None  # who wrote it: what trajectory conditioning needs
     rejected_policy: str | None = None
+    subset: str | None = None  # which part of a benchmark it is from, as in RewardBench
 
 
 def to_messages(value, role: str = "user") -> list[dict]:
@@ -311,7 +312,7 @@ ALIASES = {
     "model": "policy",
 }  # fmt: skip
 COLUMNS = ("prompt", "chosen", "rejected", "response", "score", "score_chosen", "score_rejected", "policy",
-           "chosen_policy", "rejected_policy", "system", "input", "context", "history", "tools")  # fmt: skip
+           "chosen_policy", "rejected_policy", "subset", "system", "input", "context", "history", "tools")  # fmt: skip
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # by a file's ending
 # What a dataset can be, and the columns it needs; the first that fits.
 FORMATS = {
@@ -338,7 +339,8 @@ def from_row(row: dict, kind: str) -> Example:
         (asked, chosen), (other, rejected) = (split_answer(prompt, row[side]) for side in ("chosen", "rejected"))
         check(asked == other, "chosen and rejected answer different prompts")
         scores = to_score(row.get("score_chosen")), to_score(row.get("score_rejected"))
-        example = Example(asked, chosen, rejected, *scores, name("chosen_policy"), name("rejected_policy"))
+        names = map(name, ("chosen_policy", "rejected_policy", "subset"))
+        example = Example(asked, chosen, rejected, *scores, *names)
     elif kind == "answers":
         asked, answer = split_answer(prompt, row["response"])
         example = Example(asked, answer, score_chosen=to_score(row.get("score")), chosen_policy=name("policy"))

@@ -8,7 +8,7 @@ often the answer ends by itself, and how often it beats the first policy on the 
 prefers the better of two held-out answers, by statistics of its token values and by how much of the answer it has seen.
 
 In: any number of NAME=PATH. Out: `results.json`, `report.html` and, for judges elsewhere, `answers.json` in
-`--output-dir`. All intervals are 95 % bootstrap intervals over prompts.
+`--output-dir`; with `--export`, a benchmark's files alone. All intervals are 95 % bootstrap intervals over prompts.
 Shapes: B sequences, P prompt tokens (left-padded), R response tokens, V vocabulary, H hidden.
 """
 
@@ -19,6 +19,8 @@ import json
 import math
 import os
 import random
+import re
+import time
 import types
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -49,6 +51,8 @@ class Args:
     """a task's file, a hub name or a local file or folder: its held-out part; NAME:SPLIT or NAME:all: all of it"""
     output_dir: str = "runs/eval"
     """folder of results.json, report.html and answers.json"""
+    export: Literal["alpaca_eval", "arena_hard", "mt_bench"] | None = None
+    """write nothing but each policy's answers to this benchmark's questions, `dataset`, as its judge reads them"""
 
     # Sampling
     seed: int = 1
@@ -64,7 +68,7 @@ class Args:
     response_length: int = 20
     """tokens; longer answers are cut"""
     temperature: float = 1.0
-    """of sampling and of log-probs; 0 samples greedily, with log-probs at 1"""
+    """of sampling and of log-probs; 0 samples greedily, with log-probs at 1; MT-Bench sets its own"""
 
     # Machine
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -375,6 +379,8 @@ def value_tables(report: dict) -> str:
     lines = ["(p5: the 5th percentile of an answer's token values)"]
     lines.append(f"{'pair accuracy by':<20}" + " ".join(f"{name:>6}" for name in accuracy))
     lines.append(" " * 20 + " ".join(show(x) for x in accuracy.values()))
+    for name, row in report.get("by_subset", {}).items():
+        lines.append(f"{name[:20]:<20}" + " ".join(show(row[key]) for key in accuracy) + f"  {row['pairs']} pairs")
     lines.append(f"{'answer seen':<20}" + " ".join(f"{float(f):6.0%}" for f in report["by_fraction"]))
     names = {"pair_accuracy": "pair accuracy", "explained_variance": "explained variance",
              "correlation": "label correlation", "gold_correlation": "gold correlation"}  # fmt: skip
@@ -443,6 +449,91 @@ def sample(name, policy, reference, gvm, prompts: list[list[int]], end_ids, pad_
     return answers
 
 
+# ---- Files for the judges of AlpacaEval 2, Arena-Hard-Auto and MT-Bench (FastChat) -----------------------------------
+QUESTION_COLUMNS = {"alpaca_eval": ["instruction"], "arena_hard": ["uid", "prompt"],
+                    "mt_bench": ["question_id", "category", "turns"]}  # fmt: skip
+# By category; 0.7 for all others, as in FastChat.
+MT_BENCH_TEMPERATURES = {"extraction": 0, "math": 0, "coding": 0, "reasoning": 0, "stem": 0.1, "humanities": 0.1}
+
+
+def judge_row(benchmark: str, name: str, question: dict, answers: list[str], tokenizer) -> dict:
+    """What a benchmark's program reads of the `answers`, one a turn, of policy `name` to a question."""
+    if benchmark == "alpaca_eval":
+        return {"instruction": question["instruction"], "output": answers[0], "generator": name}
+    if benchmark == "mt_bench":
+        return {"question_id": question["question_id"], "answer_id": f"{name}-{question['question_id']}",
+                "model_id": name, "choices": [{"index": 0, "turns": answers}], "tstamp": time.time()}  # fmt: skip
+    prose = answers[0]
+    for code in re.findall("```([^`]*)```", prose):
+        prose = prose.replace(code, "")
+    count = lambda pattern: len(re.findall(pattern, prose, re.MULTILINE))
+    style = {  # as Arena-Hard counts, but the policy's tokens: its add_markdown_info.py counts GPT-4o's
+        "token_len": len(tokenizer(answers[0], add_special_tokens=False).input_ids),
+        "header_count": {f"h{n}": count(rf"^#{{{n}}}\s") for n in range(1, 7)},
+        "list_count": {"ordered": count(r"^\s*\d+\.\s"), "unordered": count(r"^\s*[-*+]\s")},
+        "bold_count": {"**": count(r"\*\*[^*\n]+\*\*"), "__": count(r"__[^_\n]+__")},
+    }
+    messages = [{"role": "user", "content": question["prompt"]},
+                {"role": "assistant", "content": {"answer": answers[0]}}]  # fmt: skip
+    return {"uid": question["uid"], "ans_id": f"{name}-{question['uid']}", "model": name, "messages": messages,
+            "tstamp": time.time(), "metadata": style}  # fmt: skip
+
+
+def export(paths: dict[str, str], mesh, dtype: torch.dtype, device, args: Args) -> None:
+    """Answer all questions of a benchmark with each policy, and write a file each: `judge_row`s, in their order."""
+    common.check(not args.dataset.endswith(".py"), f"--export {args.export}: --dataset is to name its questions")
+    columns, questions = QUESTION_COLUMNS[args.export], list(common.read_rows(args.dataset, ("eval", "train")))
+    if questions and {"cluster", "turns"} <= questions[0].keys():  # Arena-Hard 0.1 as the hub has it
+        questions = [{"uid": q["question_id"], "prompt": q["turns"][0]["content"]} for q in questions]
+    whole = questions and all(q.get(column) not in (None, "", []) for q in questions for column in columns)
+    common.check(whole, f"--dataset {args.dataset}: each question of {args.export} has {' and '.join(columns)}")
+    turns, temperatures = [[q[columns[-1]]] for q in questions], [args.temperature] * len(questions)
+    if args.export == "mt_bench":
+        turns = [q["turns"] for q in questions]
+        common.check(all(len(asked) == 2 for asked in turns), f"--dataset {args.dataset}: some rows have not two turns")
+        temperatures = [MT_BENCH_TEMPERATURES.get(q["category"], 0.7) for q in questions]
+    place = "{}/model_outputs.json" if args.export == "alpaca_eval" else "model_answer/{}.jsonl"
+    files = {name: Path(args.output_dir).expanduser() / place.format(name) for name in paths}
+    for name, file in files.items():
+        plain = re.fullmatch("[A-Za-z0-9][A-Za-z0-9._+-]*", name)
+        common.check(plain, f"{name!r} is to name a file: use letters, digits and . _ + - alone")
+        common.check(not file.exists(), f"{file} exists: remove it, or choose another --output-dir")
+        with common.user_errors(OSError, f"--output-dir {args.output_dir}: cannot be written"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+    for name, path in paths.items():
+        tokenizer = common.load_tokenizer(path)
+        policy = common.load_policy(path, tokenizer, dtype).eval().requires_grad_(False)
+        room = getattr(policy.config, "max_position_embeddings", math.inf) - args.response_length
+        end_ids = torch.tensor(policy.generation_config.eos_token_id, device=device)  # (E,)
+        policy = add_methods(shard(policy, mesh, dtype), token_logprobs, generate)
+        chats, num_cut = [[] for _ in questions], 0
+        for turn in range(len(turns[0])):  # the second one's prompt holds the policy's own first answer
+            for chat, asked in zip(chats, turns):
+                chat.append({"role": "user", "content": asked[turn]})
+            prompts = [common.tokenize_prompt(tokenizer, chat) for chat in chats]
+            for ids, asked in zip(prompts, turns):  # a judge wants all: none is dropped
+                common.check(ids, f"{path}: its chat template refuses {asked[turn]!r:.80}")
+                common.check(len(ids) <= room, f"{path}: no room for the {len(ids)} tokens up to {asked[turn]!r:.80}")
+            for temperature in sorted(set(temperatures)):  # KL is not asked for: the policy is its own reference
+                rows = [i for i, its in enumerate(temperatures) if its == temperature]
+                settings = replace(args, seed=args.seed + turn, temperature=temperature)
+                answers = sample(name, policy, policy, None, [prompts[i] for i in rows], end_ids,
+                                 tokenizer.pad_token_id, device, settings)  # fmt: skip
+                num_cut += (~answers["ended"]).sum().item()
+                for i, ids, mask in zip(rows, answers["response_ids"], answers["response_mask"]):
+                    text = tokenizer.decode(ids[mask], skip_special_tokens=True).strip()
+                    chats[i].append({"role": "assistant", "content": text})
+        answers = [[message["content"] for message in chat[1::2]] for chat in chats]
+        rows = [judge_row(args.export, name, q, texts, tokenizer) for q, texts in zip(questions, answers)]
+        text = json.dumps(rows) if args.export == "alpaca_eval" else "\n".join(map(json.dumps, rows))
+        if dist.get_rank() == 0:
+            files[name].write_text(text + "\n")
+        common.log(f"wrote {files[name]}: {len(rows)} questions, {num_cut} answers cut to --response-length")
+        del policy
+        gc.collect()  # as in `main`
+    common.end_processes()
+
+
 # ---- Report ----------------------------------------------------------------------------------------------------------
 def policy_table(policies: dict) -> list[list[str]]:
     """Header and one row of texts per policy."""
@@ -504,6 +595,8 @@ def main(args: Args) -> None:
         common.check("=" in policy, f"{policy!r}: expected NAME=PATH, as in dvpo=runs/dvpo")
     paths = dict(policy.split("=", 1) for policy in args.policies)
     common.check(len(paths) == len(args.policies), "two policies have the same name")
+    if args.export:
+        return export(paths, mesh, dtype, device, args)
 
     # ---- 2 Data: held-out prompts, each several times ----------------------------------------------------------------
     tokenizer = common.load_tokenizer(args.reference_path)
@@ -596,6 +689,10 @@ def main(args: Args) -> None:
         labels = torch.tensor([answer.label for answer in judged])
         pairs = torch.arange(len(judged)).view(-1, 2)
         report = results["gvm"] = {"path": args.gvm_path, **value_report(statistics, labels, pairs)}
+        for name in sorted({example.subset for example in rated if example.subset}):
+            rows = pairs[torch.tensor([example.subset == name for example in rated])]
+            accuracy = value_report(statistics, labels, rows)["pair_accuracy"]
+            report.setdefault("by_subset", {})[name] = {"pairs": len(rows), **accuracy}
         for name in sorted({answer.policy for answer in judged if answer.policy}):  # is the value global?
             rows = torch.tensor([answer.policy == name for answer in judged])
             report.setdefault("by_policy", {})[name] = {
