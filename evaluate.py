@@ -513,7 +513,8 @@ def export(paths: dict[str, str], mesh, dtype: torch.dtype, device, args: Args) 
             prompts = [common.tokenize_prompt(tokenizer, chat) for chat in chats]
             for ids, asked in zip(prompts, turns):  # a judge wants all: none is dropped
                 common.check(ids, f"{path}: its chat template refuses {asked[turn]!r:.80}")
-                common.check(len(ids) <= room, f"{path}: no room for the {len(ids)} tokens up to {asked[turn]!r:.80}")
+                common.check(len(ids) <= room, f"{path}: too few positions for the {len(ids)} tokens up to "
+                             f"{asked[turn]!r:.80} and for --response-length; no judge takes a part")  # fmt: skip
             for temperature in sorted(set(temperatures)):  # KL is not asked for: the policy is its own reference
                 rows = [i for i, its in enumerate(temperatures) if its == temperature]
                 settings = replace(args, seed=args.seed + turn, temperature=temperature)

@@ -736,7 +736,7 @@ def test_exports_of_the_real_questions(benchmark, file, digits_model, tmp_path):
     ("sft", "mt_bench", {"question_id": None}, "each question of mt_bench has"),
     ("sft", "arena_hard", {"uid": None}, "each question of arena_hard has uid and prompt"),
     ("sft", "alpaca_eval", {"instruction": ""}, "each question of alpaca_eval has instruction"),
-    ("sft", "alpaca_eval", {"instruction": "too long " * 300}, "no room for the 27.. tokens up to 'too long"),
+    ("sft", "alpaca_eval", {"instruction": "too long " * 300}, "too few positions for the 27.. tokens up to 'too long"),
 ])  # fmt: skip
 def test_exports_are_refused(name, benchmark, changes, message, digits_model, tmp_path):
     rows = [*QUESTIONS[benchmark][:-1], {**QUESTIONS[benchmark][-1], **changes}]
