@@ -644,28 +644,31 @@ def test_exports_are_read_as_the_judges_read_them(benchmark, digits_model, tmp_p
 
 
 def test_mt_benchs_second_turn_and_temperatures(digits_model, tmp_path, monkeypatch):
-    """The second prompt holds the first answer as it was written; each category has FastChat's temperature."""
+    """The second prompt holds the first answer; what was sampled after a prompt stands at its question and turn; each
+    category has FastChat's temperature."""
     import evaluate
 
-    asked, real = {}, evaluate.sample
+    tokenizer, asked, real = common.load_tokenizer(digits_model), {}, evaluate.sample
 
     def spy(name, policy, reference, gvm, prompts, end_ids, pad_id, device, args):
-        asked.update({tuple(prompt): args.temperature for prompt in prompts})
-        return real(name, policy, reference, gvm, prompts, end_ids, pad_id, device, args)
+        answers = real(name, policy, reference, gvm, prompts, end_ids, pad_id, device, args)
+        texts = [tokenizer.decode(ids[mask], skip_special_tokens=True).strip()
+                 for ids, mask in zip(answers["response_ids"], answers["response_mask"])]  # fmt: skip
+        asked.update({tuple(prompt): (text, args.temperature) for prompt, text in zip(prompts, texts)})
+        return answers
 
     monkeypatch.setattr(evaluate, "sample", spy)
     export(digits_model, write_questions(tmp_path, "mt_bench"), "mt_bench", tmp_path, names=["sft"], response_length=8,
            temperature=0.3)  # fmt: skip
     rows = check_as_judges_do("mt_bench", tmp_path, ["sft"], QUESTIONS["mt_bench"])["sft"]
-    tokenizer = common.load_tokenizer(digits_model)
     for question, row, temperature in zip(QUESTIONS["mt_bench"], rows, (0.7, 0.1, 0, 0.7, 0.1, 0)):
         chat = [{"role": "user", "content": question["turns"][0]}]
-        first = asked.pop(tuple(common.tokenize_prompt(tokenizer, chat)))
-        said = row["choices"][0]["turns"][0]
-        chat += [{"role": "assistant", "content": said}, {"role": "user", "content": question["turns"][1]}]
+        first, second = row["choices"][0]["turns"]
+        assert asked.pop(tuple(common.tokenize_prompt(tokenizer, chat))) == (first, temperature)
+        chat += [{"role": "assistant", "content": first}, {"role": "user", "content": question["turns"][1]}]
         prompt = common.tokenize_prompt(tokenizer, chat)
-        assert said and said in tokenizer.decode(prompt)
-        assert first == asked.pop(tuple(prompt)) == temperature
+        assert first and first in tokenizer.decode(prompt)
+        assert asked.pop(tuple(prompt)) == (second, temperature)
     assert not asked  # nothing else
 
 
