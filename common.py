@@ -242,6 +242,7 @@ class Example:
     score_rejected: float | None = None
     chosen_policy: str | None = None  # who wrote it: what trajectory conditioning needs
     rejected_policy: str | None = None
+    subset: str | None = None  # which part of a benchmark it is from, as in RewardBench
 
 
 def to_messages(value, role: str = "user") -> list[dict]:
@@ -295,7 +296,7 @@ ALIASES = {
     "model": "policy",
 }  # fmt: skip
 COLUMNS = ("prompt", "chosen", "rejected", "response", "score", "score_chosen", "score_rejected", "policy",
-           "chosen_policy", "rejected_policy", "system", "input", "context", "history", "tools")  # fmt: skip
+           "chosen_policy", "rejected_policy", "subset", "system", "input", "context", "history", "tools")  # fmt: skip
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # by a file's ending
 # What a dataset can be, and the columns it needs; the first that fits.
 FORMATS = {"preference pairs": ("chosen", "rejected"), "answers": ("response",), "prompts": ("prompt",)}
@@ -328,7 +329,8 @@ def from_row(row: dict, kind: str, needs: str) -> Example:
     check(all(answer.strip() for answer in answers), "empty answer")
     check(not answers or chosen != rejected, "chosen and rejected are identical")
     check(needs != "scores" or None not in (scores[:1] if rejected is None else scores), "no score")
-    return Example(prompt, chosen, rejected, *scores, name("chosen_policy") or name("policy"), name("rejected_policy"))
+    writers = name("chosen_policy") or name("policy"), name("rejected_policy")
+    return Example(prompt, chosen, rejected, *scores, *writers, name("subset"))
 
 
 def read_rows(dataset: str, splits: tuple[str, ...]):
@@ -350,8 +352,7 @@ def read_rows(dataset: str, splits: tuple[str, ...]):
         else:
             found = datasets.load_dataset_builder(path, *config).config.data_files if file.is_dir() else None
             for one in sum((found or {}).values(), []):  # a folder's README may name any
-                inside = Path(os.path.abspath(one)).is_relative_to(file.absolute())
-                check(inside, f"its README names {one}, outside the folder")
+                check(Path(os.path.abspath(one)).is_relative_to(file.absolute()), f"its README leads out to {one}")
             data = datasets.load_dataset(path, *config)
     data = data if isinstance(data, datasets.DatasetDict) else {"train": data}
     wanted = split or next((s for s in splits if s in data), next(iter(data)))
@@ -448,8 +449,7 @@ def chat_text(tokenizer, messages: list[dict], **arguments) -> str:
     with user_errors(Exception, "refused by the chat template"):  # Mistral's and Gemma's refuse system messages
         text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False,
                                              **TEMPLATE_ARGUMENTS, **arguments)  # fmt: skip
-    whole = all(message["content"].strip() in text for message in messages)
-    check(whole, "changed or omitted by the chat template")
+    check(all(m["content"].strip() in text for m in messages), "changed or omitted by the chat template")
     return text
 
 
@@ -598,6 +598,7 @@ def load_config(path: str):
     check(not Path(path, "adapter_config.json").exists(), f"{path}: an adapter: merge it with its base model first")
     config = load_pretrained(transformers.AutoConfig, path)
     check(not hasattr(config, "quantization_config"), f"{path}: quantised weights cannot be trained: dequantise them")
+    config.output_attentions = False
     config._attn_implementation = None  # ours to name: a config may ask for code from the hub
     scaled = (getattr(config, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope")
     check(not scaled, f"{path}: its positions depend on the longest answer of a batch: not supported")

@@ -8,7 +8,7 @@ often the answer ends by itself, and how often it beats the first policy on the 
 prefers the better of two held-out answers, by statistics of its token values and by how much of the answer it has seen.
 
 In: any number of NAME=PATH. Out: `results.json`, `report.html` and, for judges elsewhere, `answers.json` in
-`--output-dir`. All intervals are 95 % bootstrap intervals over prompts.
+`--output-dir`; with `--export`, a benchmark's files alone. All intervals are 95 % bootstrap intervals over prompts.
 Shapes: B sequences, P prompt tokens (left-padded), R response tokens, V vocabulary, H hidden.
 """
 
@@ -19,9 +19,11 @@ import json
 import math
 import os
 import random
+import re
+import time
 import types
 from array import array
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -50,6 +52,8 @@ class Args:
     """a task's file, a hub name or a local file or folder: its held-out part; NAME:SPLIT or NAME:all: all of it"""
     output_dir: str = "runs/eval"
     """folder of results.json, report.html and answers.json"""
+    export: Literal["alpaca_eval", "arena_hard", "mt_bench"] | None = None
+    """write nothing but each policy's answers to this benchmark's questions, `dataset`, as its judge reads them"""
 
     # Sampling
     seed: int = 1
@@ -65,7 +69,7 @@ class Args:
     response_length: int | None = None
     """tokens; longer answers are cut; None: 20, to be named for models wider than 256"""
     temperature: float = 1.0
-    """of sampling and of log-probs; 0 samples greedily, with log-probs at 1"""
+    """of sampling and of log-probs; 0 samples greedily, with log-probs at 1; MT-Bench sets its own"""
     show: int | None = None
     """print the token values of answers to so many prompts and of so many held-out pairs, in colour"""
 
@@ -432,6 +436,77 @@ def sample(name, policy, reference, gvm, prompts: list[list[int]], end_ids, pad_
     return answers
 
 
+# ---- Files for the judges of AlpacaEval 2, Arena-Hard-Auto and MT-Bench (FastChat) -----------------------------------
+QUESTION_COLUMNS = {"alpaca_eval": ["instruction"], "arena_hard": ["uid", "prompt"],
+                    "mt_bench": ["question_id", "category", "turns"]}  # fmt: skip
+MT_BENCH_TEMPERATURES = {"extraction": 0, "math": 0, "coding": 0, "reasoning": 0, "stem": 0.1, "humanities": 0.1}
+
+
+def judge_row(benchmark: str, name: str, question: dict, answers: list[str]) -> dict:
+    """What a benchmark's program reads of the `answers`, one a turn, of policy `name` to a question."""
+    if benchmark == "alpaca_eval":
+        return {"instruction": question["instruction"], "output": answers[0], "generator": name}
+    if benchmark == "mt_bench":
+        return {"question_id": question["question_id"], "answer_id": f"{name}-{question['question_id']}",
+                "model_id": name, "choices": [{"index": 0, "turns": answers}], "tstamp": time.time()}  # fmt: skip
+    messages = [{"role": "user", "content": question["prompt"]},
+                {"role": "assistant", "content": {"answer": answers[0]}}]  # fmt: skip
+    return {"uid": question["uid"], "ans_id": f"{name}-{question['uid']}", "model": name, "messages": messages,
+            "tstamp": time.time()}  # fmt: skip
+
+
+def export(paths: dict[str, str], mesh, dtype: torch.dtype, device, args: Args) -> None:
+    """Answer all questions of a benchmark with each policy, and write a file each: `judge_row`s, in their order."""
+    common.check(not args.dataset.endswith(".py"), f"--export {args.export}: --dataset is to name its questions")
+    columns, questions = QUESTION_COLUMNS[args.export], list(common.read_rows(args.dataset, ("eval", "train")))
+    if questions and {"cluster", "turns"} <= questions[0].keys():  # Arena-Hard 0.1 as the hub has it
+        questions = [{"uid": q["question_id"], "prompt": q["turns"][0]["content"]} for q in questions]
+    whole = questions and all(q.get(column) not in (None, "", []) for q in questions for column in columns)
+    common.check(whole, f"--dataset {args.dataset}: each question of {args.export} has {' and '.join(columns)}")
+    turns, temperatures = [[q[columns[-1]]] for q in questions], [args.temperature] * len(questions)
+    if args.export == "mt_bench":
+        turns = [q["turns"] for q in questions]
+        common.check(all(len(asked) == 2 for asked in turns), f"--dataset {args.dataset}: some rows have not two turns")
+        temperatures = [MT_BENCH_TEMPERATURES.get(q["category"], 0.7) for q in questions]
+    place = "{}/model_outputs.json" if args.export == "alpaca_eval" else "model_answer/{}.jsonl"
+    files = {name: Path(args.output_dir).expanduser() / place.format(name) for name in paths}
+    for name, file in files.items():
+        plain = re.fullmatch("[A-Za-z0-9][A-Za-z0-9._+-]*", name)
+        common.check(plain, f"{name!r} is to name a file: use letters, digits and . _ + - alone")
+        common.check(not file.exists(), f"{file} exists: remove it, or choose another --output-dir")
+        with common.user_errors(OSError, f"--output-dir {args.output_dir}: cannot be written"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+    for name, path in paths.items():
+        tokenizer = common.load_tokenizer(path)
+        policy = common.load_policy(path, tokenizer, dtype).eval().requires_grad_(False)
+        end_ids = torch.tensor(policy.generation_config.eos_token_id, device=device)  # (E,)
+        policy = add_methods(shard(policy, mesh, dtype), token_logprobs, generate)
+        chats, num_cut = [[] for _ in questions], 0
+        for turn in range(len(turns[0])):  # the second one's prompt holds the policy's own first answer
+            for chat, asked in zip(chats, turns):
+                chat.append({"role": "user", "content": asked[turn]})
+            prompts = [common.tokenize_prompt(tokenizer, chat) for chat in chats]  # all: a judge takes no part
+            common.check_positions(path, policy, max(map(len, prompts)) + args.response_length)
+            for temperature in sorted(set(temperatures)):  # KL is not asked for: the policy is its own reference
+                rows = [i for i, its in enumerate(temperatures) if its == temperature]
+                settings = replace(args, seed=args.seed + turn, temperature=temperature)
+                answers = sample(name, policy, policy, None, [prompts[i] for i in rows], end_ids,
+                                 tokenizer.pad_token_id, device, settings)  # fmt: skip
+                num_cut += (~answers["ended"]).sum().item()
+                for i, ids, mask in zip(rows, answers["response_ids"], answers["response_mask"]):
+                    text = tokenizer.decode(ids[mask], skip_special_tokens=True).strip()
+                    chats[i].append({"role": "assistant", "content": text})
+        said = [[message["content"] for message in chat[1::2]] for chat in chats]
+        rows = [judge_row(args.export, name, *question) for question in zip(questions, said)]
+        text = json.dumps(rows) if args.export == "alpaca_eval" else "\n".join(map(json.dumps, rows))
+        if dist.get_rank() == 0:
+            files[name].write_text(text + "\n")
+        common.log(f"wrote {files[name]}: {len(rows)} questions, {num_cut} answers cut to --response-length")
+        del policy
+        gc.collect()  # as in `main`
+    common.end_processes()
+
+
 # ---- Report ----------------------------------------------------------------------------------------------------------
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's: told apart by all
 WORDS = {"gold": "exact score (gold), at most 1", "gvm_score": "value model's score",
@@ -451,7 +526,8 @@ stroke-linecap:round;text-anchor:middle}text{fill:currentColor;stroke:none;font-
 def table(corner: str, rows: dict[str, dict]) -> list[list[str]]:
     """Header and one row of texts for each of `rows`, of numbers or means with their intervals."""
     bounds = lambda x: f" [{x['low']:.3f}, {x['high']:.3f}]" if "low" in x else ""
-    show = lambda x: "-" if x is None else f"{x['mean']:.3f}{bounds(x)}" if isinstance(x, dict) else f"{x:.3f}"
+    number = lambda x: f"{x:.3f}" if isinstance(x, float) else str(x)
+    show = lambda x: "-" if x is None else number(x["mean"]) + bounds(x) if isinstance(x, dict) else number(x)
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     return [[corner, *columns], *([name, *(show(row.get(c)) for c in columns)] for name, row in rows.items())]
 
@@ -466,6 +542,8 @@ def tables(results: dict):
             accuracy["gold"] = {"last": gvm["gold_pair_accuracy"]}
         yield "held-out pairs ranked rightly by a statistic of their token values", table("judge", accuracy)
         yield "value against label, once so much of an answer is read", table("share read", gvm["by_fraction"])
+        if "by_subset" in gvm:
+            yield "the same by subset", table("subset", gvm["by_subset"])
         if "by_policy" in gvm:
             yield "means, and correlation of value and label, by writer", table("written by", gvm["by_policy"])
 
@@ -587,13 +665,15 @@ def main(args: Args) -> None:
     # ---- 1 Processes -------------------------------------------------------------------------------------------------
     device = common.init_processes()
     dtype = common.compute_dtype(args.dtype, device)
-    args = common.settle(args, args.reference_path, response_length=20)
     common.check(args.policies, "name at least one policy, as in dvpo=runs/dvpo")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for policy in args.policies:
         common.check("=" in policy, f"{policy!r}: expected NAME=PATH, as in dvpo=runs/dvpo")
     paths = dict(policy.split("=", 1) for policy in args.policies)
     common.check(len(paths) == len(args.policies), "two policies have the same name")
+    args = common.settle(args, next(iter(paths.values())), response_length=20)
+    if args.export:
+        return export(paths, mesh, dtype, device, args)
 
     # ---- 2 Data: held-out prompts, each several times ----------------------------------------------------------------
     tokenizer = common.load_tokenizer(args.reference_path)
@@ -602,17 +682,12 @@ def main(args: Args) -> None:
     train, heldout = common.load_examples(args.dataset.removesuffix(":all"), needs="prompts")
     everything = train + heldout
     heldout = everything if ":" in args.dataset else heldout
-    common.log(
-        f"{len(heldout)} of {len(everything)} examples are evaluated; {args.dataset.partition(':')[0]}:all takes all"
-    )
-    common.check(
-        heldout, f"--dataset {args.dataset}: none of its few prompts is held out; {args.dataset}:all takes all"
-    )
+    common.log(f"{len(heldout)} of {len(everything)} examples are evaluated; NAME:all takes all of NAME")
+    common.check(heldout, f"--dataset {args.dataset}: no prompt of its few is held out; {args.dataset}:all takes all")
     heldout, tokens = common.fit_prompts(tokenizer, heldout, args.max_prompt_length)
     unique = {str(example.prompt): (example, ids) for example, ids in zip(heldout, tokens)}
     asked, prompts = zip(*list(unique.values())[: args.num_prompts])
     asked = [example.prompt for example in asked for _ in range(args.samples_per_prompt)]  # messages
-    questions = [messages[-1]["content"] for messages in asked]
     spoken = lambda messages: "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
     exact_score = getattr(common.load_task(args.dataset), "score", None)  # "gold", where the task has one
     repeated = [prompt for prompt in prompts for _ in range(args.samples_per_prompt)]
@@ -632,9 +707,8 @@ def main(args: Args) -> None:
 
     rated = [e for e in heldout if e.rejected and e.chosen.strip() and e.rejected.strip() and e.chosen != e.rejected]
     known = all(e.chosen_policy and e.rejected_policy for e in rated)
-    common.check(known or gvm is None or gvm.config.num_context_trajectories == 0,
-                 f"{args.gvm_path} is conditioned on trajectories, but {args.dataset} does not say who wrote each "
-                 "answer (chosen_policy, rejected_policy); use --gvm-path None")  # fmt: skip
+    common.check(known or gvm is None or gvm.config.num_context_trajectories == 0, f"{args.gvm_path} is conditioned on "
+                 "other answers of each writer: the pairs must have chosen_policy and rejected_policy")  # fmt: skip
     folder = Path(args.output_dir).expanduser()
     with common.user_errors(OSError, f"--output-dir {folder}: cannot be written"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -669,8 +743,8 @@ def main(args: Args) -> None:
         numbers = {"tokens": answers["response_mask"].sum(1), "kl": answers["kl"], **verdicts}
         numbers = {key: x.flatten().tolist() for key, x in numbers.items()}
         for i, text in enumerate(texts):  # `instruction`, `output` and `generator` are what AlpacaEval reads
-            written.append({"prompt": asked[i], "instruction": questions[i], "output": text, "generator": name,
-                            **{key: x[i] for key, x in numbers.items()}})  # fmt: skip
+            written.append({"prompt": asked[i], "instruction": asked[i][-1]["content"], "output": text,
+                            "generator": name, **{key: x[i] for key, x in numbers.items()}})  # fmt: skip
         if dist.get_rank() == 0:  # now: the next policy may fail
             (folder / "answers.json").write_text(json.dumps(written, indent=2) + "\n")
         cut = f", {1 - row['eos_rate']:.0%} of the answers were cut: raise --response-length?" * (row["eos_rate"] < 0.5)
@@ -688,6 +762,10 @@ def main(args: Args) -> None:
             examples.append((spoken(example.prompt), shown))
         pairs = torch.arange(len(judged)).view(-1, 2)
         report = results["gvm"] = {"path": args.gvm_path, **value_report(statistics, labels, pairs)}
+        for name in sorted({example.subset for example in rated if example.subset}):
+            rows = pairs[torch.tensor([example.subset == name for example in rated])]
+            accuracy = value_report(statistics, labels, rows)["pair_accuracy"]
+            report.setdefault("by_subset", {})[name] = {"pairs": len(rows), **accuracy}
         for name in sorted({answer.policy for answer in judged if answer.policy}):  # is the value global?
             rows = torch.tensor([answer.policy == name for answer in judged])
             report.setdefault("by_policy", {})[name] = {

@@ -499,7 +499,7 @@ def test_a_conditioned_gvm_must_know_who_wrote_the_pairs(make, fails, tiny_model
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_context_trajectories": 1}))
     monkeypatch.delattr(evaluate, "generate")
-    fails(evaluate, "does not say who wrote each answer", policies=(f"a={tiny_model}",), reference_path=tiny_model,
+    fails(evaluate, "must have chosen_policy", policies=(f"a={tiny_model}",), reference_path=tiny_model,
           gvm_path=str(folder), dataset=make([PAIR]) + ":train")  # fmt: skip
 
 
@@ -618,8 +618,10 @@ def test_a_large_model_gets_no_defaults_of_a_small_one(module, flags, fails, tin
     shutil.copytree(tiny_model, tmp_path / "large")
     config = json.loads((tmp_path / "large" / "config.json").read_text())
     (tmp_path / "large" / "config.json").write_text(json.dumps({**config, "hidden_size": 2048}))
-    name = "reference_path" if module is evaluate else "model_path"
-    fails(module, f"^error: {flags}: name what suits ", **{name: str(tmp_path / "large")})
+    model = {"model_path": str(tmp_path / "large")}
+    if module is evaluate:
+        model = {"policies": (f"a={tmp_path / 'large'}",)}
+    fails(module, f"^error: {flags}: name what suits ", **model)
 
 
 def test_a_reward_model_stands_beside_its_policy(tiny_model, tmp_path):

@@ -1,6 +1,7 @@
 """The real scripts at tiny sizes: end to end, one rank against two, one micro-batch against several."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -10,6 +11,7 @@ import types
 from pathlib import Path
 
 import lists
+import pandas
 import pytest
 import torch
 from conftest import ROOT, gold, load_weights, read_metrics, run_script, task_examples
@@ -266,7 +268,7 @@ def test_tokens_bear_the_values_of_the_model(tiny_model, tiny_gvm, tmp_path, pro
         gvm = common.load_value_model(str(path), tokenizer, torch.float32, fresh_head=False)
         gvm.config.num_context_trajectories = getattr(gvm.config, "num_context_trajectories", 0)
         gvm.token_values = lambda gvm=gvm, **batch: train_gvm.token_values(gvm, **batch)
-        limits = evaluate.Args(micro_batch_size=3)
+        limits = evaluate.Args(micro_batch_size=3, response_length=20)
         answers, _ = evaluate.tokenize(tokenizer, task_examples()[:8], "preference", limits)
         shown = [evaluate.shown_answer(gvm, tokenizer, "x", answer, answers) for answer in answers]
         for answer, (_, tokens, values) in zip(answers, shown):
@@ -677,3 +679,237 @@ def test_a_task_of_ones_own_goes_through_all_stages(digits_model, tmp_path):
     policies = json.loads((tmp_path / "eval" / "results.json").read_text())["policies"]
     assert policies.keys() == {"sft", "dvpo", "ppo"} and all(-1 <= p["gold"]["mean"] <= 1 for p in policies.values())
     assert "objective/gold" in read_metrics(at("dvpo"))[0] and "objective/gold" in read_metrics(at("ppo"))[0]
+
+
+# ---- Files for the judges of AlpacaEval 2, Arena-Hard-Auto and MT-Bench ----------------------------------------------
+QUESTIONS = {
+    "alpaca_eval": [{"instruction": f"Name {n} metals.", "output": "tin", "dataset": "helpful_base"} for n in range(5)],
+    "arena_hard": [{"uid": f"a{n}", "category": "arena-hard-v0.1", "prompt": f"Add {n} and 1."} for n in range(5)],
+    "mt_bench": [{"question_id": 81 + n, "category": category, "turns": [f"Write {n} lines.", "Now in capitals."]}
+                 for n, category in enumerate(("writing", "stem", "math", "unheard-of", "humanities", "coding"))],
+}  # fmt: skip
+
+
+def write_questions(folder, benchmark: str) -> str:
+    file = folder / f"{benchmark}.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS[benchmark]))
+    return str(file)
+
+
+def export(model: str, questions: str, benchmark: str, folder, names=("sft", "dvpo"), **more) -> None:
+    import evaluate
+
+    policies = tuple(f"{name}={model}" for name in names)
+    evaluate.main(evaluate.Args(policies, dataset=questions, output_dir=str(folder), export=benchmark, **more))
+
+
+def check_as_judges_do(benchmark: str, folder, names: list[str], questions: list[dict]) -> dict[str, list]:
+    """Read the exported files by the rules of the judges' programs; returns every policy's rows."""
+    if benchmark == "alpaca_eval":  # load_or_convert_to_dataframe, get_generator_name, annotate_head2head
+        read = {}
+        for name in names:
+            table = pandas.read_json(folder / name / "model_outputs.json")
+            assert list(table["generator"].unique()) == [name]
+            assert table["output"].map(type).eq(str).all()
+            merged = pandas.merge(pandas.DataFrame(questions), table, on=["instruction"], suffixes=("_1", "_2"))
+            assert len(merged) == len(table) == len(questions)
+            read[name] = table.to_dict("records")
+        return read
+    key, read = {"arena_hard": "uid", "mt_bench": "question_id"}[benchmark], {}
+    for file in sorted((folder / "model_answer").glob("*.jsonl")):  # load_model_answers of both
+        with open(file) as lines:
+            rows = [json.loads(line) for line in lines]
+        read[file.name[:-6]] = rows
+        by_key = {row[key]: row for row in rows}
+        assert all(question[key] in by_key for question in questions)  # FastChat's check_data
+        assert [row[key] for row in rows] == [question[key] for question in questions]
+        if benchmark == "mt_bench":  # run_judge_single
+            assert all(len(row["choices"][0]["turns"]) == 2 and row["choices"][0]["index"] == 0 for row in rows)
+            assert all(isinstance(turn, str) for row in rows for turn in row["choices"][0]["turns"])
+            assert {row["model_id"] for row in rows} == {file.stem} and len({r["answer_id"] for r in rows}) == len(rows)
+        else:  # pairwise_judgment, print_leaderboard
+            assert all(isinstance(row["messages"][-1]["content"]["answer"], str) for row in rows)
+            table = pandas.read_json(file, lines=True)
+            assert table.iloc[0]["model"] == file.stem
+    assert sorted(read) == sorted(names)
+    return read
+
+
+@pytest.mark.parametrize("benchmark", QUESTIONS)
+def test_exports_are_read_as_the_judges_read_them(benchmark, digits_model, tmp_path):
+    """All questions, in order, under the names of the policies; the same answers from ranks and micro-batches."""
+    questions = write_questions(tmp_path, benchmark)
+    export(digits_model, questions, benchmark, tmp_path / "one", response_length=8)
+    policies = f"sft={digits_model}", f"dvpo={digits_model}"
+    result = run_script("evaluate.py", *policies, "--dataset", questions, "--export", benchmark, "--response-length", 8,
+                        "--output-dir", tmp_path / "two", "--micro-batch-size", 1, ranks=2)  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    one, two = (check_as_judges_do(benchmark, tmp_path / folder, ["sft", "dvpo"], QUESTIONS[benchmark])
+                for folder in ("one", "two"))  # fmt: skip
+    timeless = lambda rows: [{key: row[key] for key in row if key != "tstamp"} for row in rows]
+    assert all(timeless(one[name]) == timeless(two[name]) for name in ("sft", "dvpo"))
+    said = {json.dumps(timeless(one[name])).replace(name, "") for name in ("sft", "dvpo")}
+    assert len(said) == 1  # one model under two names: common luck
+    with pytest.raises(common.UserError, match="exists: remove it"):  # it may have been judged
+        export(digits_model, questions, benchmark, tmp_path / "one", response_length=8)
+
+
+def test_mt_benchs_second_turn_and_temperatures(digits_model, tmp_path, monkeypatch):
+    """The second prompt holds the first answer; what was sampled after a prompt stands at its question and turn; each
+    category has FastChat's temperature."""
+    import evaluate
+
+    tokenizer, asked, real = common.load_tokenizer(digits_model), {}, evaluate.sample
+
+    def spy(name, policy, reference, gvm, prompts, end_ids, pad_id, device, args):
+        answers = real(name, policy, reference, gvm, prompts, end_ids, pad_id, device, args)
+        texts = [tokenizer.decode(ids[mask], skip_special_tokens=True).strip()
+                 for ids, mask in zip(answers["response_ids"], answers["response_mask"])]  # fmt: skip
+        asked.update({tuple(prompt): (text, args.temperature) for prompt, text in zip(prompts, texts)})
+        return answers
+
+    monkeypatch.setattr(evaluate, "sample", spy)
+    export(digits_model, write_questions(tmp_path, "mt_bench"), "mt_bench", tmp_path, names=["sft"], response_length=8,
+           temperature=0.3)  # fmt: skip
+    rows = check_as_judges_do("mt_bench", tmp_path, ["sft"], QUESTIONS["mt_bench"])["sft"]
+    for question, row, temperature in zip(QUESTIONS["mt_bench"], rows, (0.7, 0.1, 0, 0.7, 0.1, 0)):
+        chat = [{"role": "user", "content": question["turns"][0]}]
+        first, second = row["choices"][0]["turns"]
+        assert asked.pop(tuple(common.tokenize_prompt(tokenizer, chat))) == (first, temperature)
+        chat += [{"role": "assistant", "content": first}, {"role": "user", "content": question["turns"][1]}]
+        prompt = common.tokenize_prompt(tokenizer, chat)
+        assert first and first in tokenizer.decode(prompt)
+        assert asked.pop(tuple(prompt)) == (second, temperature)
+    assert not asked  # nothing else
+
+
+def test_an_export_without_questions_is_refused(digits_model, tmp_path):
+    result = run_script("evaluate.py", f"sft={digits_model}", "--export", "mt_bench", "--output-dir", tmp_path)
+    assert result.returncode == 2 and not list(tmp_path.iterdir())
+    assert result.stderr == "error: --export mt_bench: --dataset is to name its questions\n"
+
+
+def test_greedy_exports_do_not_depend_on_the_seed(digits_model, tmp_path):
+    questions, said = write_questions(tmp_path, "alpaca_eval"), []
+    for seed, temperature in ((1, 0.0), (2, 0.0), (1, 1.0), (2, 1.0)):
+        folder = tmp_path / f"{seed}{temperature}"
+        export(digits_model, questions, "alpaca_eval", folder, ["a"], seed=seed, temperature=temperature)
+        said.append((folder / "a" / "model_outputs.json").read_text())
+    assert said[0] == said[1] and len({*said[1:]}) == 3
+
+
+def test_arena_hards_questions_from_the_hub(digits_model, tmp_path):
+    """`lmarena-ai/arena-hard-auto-v0.1` has the questions in older columns, under the same ids."""
+    rows = [{"question_id": row["uid"], "category": row["category"], "cluster": "sums",
+             "turns": [{"content": row["prompt"]}]} for row in QUESTIONS["arena_hard"]]  # fmt: skip
+    (tmp_path / "hub.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    export(digits_model, str(tmp_path / "hub.jsonl"), "arena_hard", tmp_path, ["sft"])
+    rows = check_as_judges_do("arena_hard", tmp_path, ["sft"], QUESTIONS["arena_hard"])["sft"]
+    assert [row["messages"][0]["content"] for row in rows] == [row["prompt"] for row in QUESTIONS["arena_hard"]]
+
+
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.mark.parametrize("benchmark, file", [("mt_bench", "mt_bench_question.jsonl"),
+                                             ("arena_hard", "arena_hard_v0.1_question_first60.jsonl")])  # fmt: skip
+@pytest.mark.skipif(not SHARED.exists(), reason="the benchmarks' own question files are not here")
+def test_exports_of_the_real_questions(benchmark, file, digits_model, tmp_path):
+    questions = [json.loads(line) for line in (SHARED / file).read_text().splitlines()]
+    large = tmp_path / "model"
+    shutil.copytree(digits_model, large)
+    config = json.loads((large / "config.json").read_text())
+    (large / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16384}))
+    export(str(large), str(SHARED / file), benchmark, tmp_path, ["sft"], response_length=4, micro_batch_size=8)
+    check_as_judges_do(benchmark, tmp_path, ["sft"], questions)
+
+
+@pytest.mark.parametrize("name, benchmark, changes, message", [
+    ("../evil", "mt_bench", {}, "'../evil' is to name a file"),
+    ("..", "alpaca_eval", {}, "'..' is to name a file"),
+    ("a b", "arena_hard", {}, "'a b' is to name a file"),
+    ("sft", "mt_bench", {"turns": []}, "each question of mt_bench has question_id and category and turns"),
+    ("sft", "mt_bench", {"turns": ["only one"]}, "have not two turns"),
+    ("sft", "mt_bench", {"question_id": None}, "each question of mt_bench has"),
+    ("sft", "arena_hard", {"uid": None}, "each question of arena_hard has uid and prompt"),
+    ("sft", "alpaca_eval", {"instruction": ""}, "each question of alpaca_eval has instruction"),
+])  # fmt: skip
+def test_exports_are_refused(name, benchmark, changes, message, digits_model, tmp_path):
+    rows = [*QUESTIONS[benchmark][:-1], {**QUESTIONS[benchmark][-1], **changes}]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(common.UserError, match=message):
+        export(digits_model, str(tmp_path / "some.jsonl"), benchmark, tmp_path / "out", [name])
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "some.jsonl"]
+
+
+# ---- Subsets of a benchmark of pairs ---------------------------------------------------------------------------------
+def test_pair_accuracy_by_subset(tiny_model, tiny_gvm, tmp_path, capsys):
+    """Rows as RewardBench has them: accuracies per subset, whose mean over pairs is that of all pairs."""
+    import evaluate
+
+    rows = [{"prompt": e.prompt[-1]["content"], "chosen": e.chosen, "rejected": e.rejected, "id": i,
+             "subset": ("mt-bench-hard", "xstest-should-respond", "hep-cpp")[i % 5 % 3]}
+            for i, e in enumerate(task_examples("heldout")[:48])]  # fmt: skip
+    (tmp_path / "bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluate.main(evaluate.Args((f"a={tiny_model}",), tiny_model, tiny_gvm, f"{tmp_path / 'bench.jsonl'}:all",
+                                str(tmp_path / "eval"), num_prompts=2))  # fmt: skip
+    report = json.loads((tmp_path / "eval" / "results.json").read_text())["gvm"]
+    subsets = report["by_subset"]
+    counts = {name: sum(row["subset"] == name for row in rows) for name in subsets}
+    assert len(counts) == 3 and {name: row["pairs"] for name, row in subsets.items()} == counts
+    for statistic, accuracy in report["pair_accuracy"].items():
+        mean = sum(row[statistic] * row["pairs"] for row in subsets.values()) / len(rows)
+        assert mean == pytest.approx(accuracy)
+    assert len({row["last"] for row in subsets.values()}) > 1
+    page, said = (tmp_path / "eval" / "report.html").read_text(), capsys.readouterr().out
+    for name, row in subsets.items():
+        line = next(line for line in said.splitlines() if line.startswith(name[:20]))
+        assert line.split()[1:4] == [str(row["pairs"]), f"{row['mean']:.3f}", f"{row['last']:.3f}"]
+        assert f"<td>{name}<td>{row['pairs']}<td>{row['mean']:.3f}<td>" in page
+
+
+# ---- The paper's two settings, as the README has them ----------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", ["Base", "Instruction"])
+def test_the_readmes_settings_run_from_data_to_the_judges_files(setting, digits_model, tmp_path):
+    """The README's very blocks, with local models, data and questions in the place of those of the same names, one
+    process, and fewer and shorter answers."""
+    section = (ROOT / "README.md").read_text().split("\n## Larger models\n")[1].split("\n## ")[0]
+    begin, base, instruction = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    block = begin + {"Base": base, "Instruction": instruction}[setting]
+    models = re.findall(r"(?:meta-llama|mistralai)/([\w.-]+)", block)
+    assert len(models) == 2
+    for model in models:
+        shutil.copytree(digits_model, tmp_path / "models" / model)
+    data = tmp_path / "data"
+    data.mkdir()
+    pairs = {e.prompt[-1]["content"]: e for e in task_examples()}
+    rows = [{"prompt": prompt, "chosen": e.chosen, "rejected": e.rejected} for prompt, e in pairs.items()][:160]
+    (data / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (data / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train_prefs, path: pairs.jsonl}\n---\n"
+    )
+    for benchmark in QUESTIONS:
+        write_questions(tmp_path, benchmark)
+    for script in SCRIPTS:
+        shutil.copy(ROOT / f"{script}.py", tmp_path)
+    shutil.copy(ROOT / "common.py", tmp_path)
+    local = {
+        r"torchrun --nproc_per_node 8": "python",
+        r"(meta-llama|mistralai)/": f"{tmp_path}/models/",
+        r"HuggingFaceH4/ultrafeedback_binarized": str(data),
+        r"(\$Q/)(\w+)(\.json .*)https://\S+": rf"\1\2\3file://{tmp_path}/\2.jsonl",
+        r"train_test_split\(\d+": "train_test_split(40",
+        r"--response-length \d+": "--response-length 8",
+        r"--rollout-batch-size \d+ --num-updates \d+": "--rollout-batch-size 8 --num-updates 2",
+    }
+    for there, here in local.items():
+        block, count = re.subn(there, here, block)
+        assert count, there
+    assert "https://" not in block
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    result = subprocess.run(["bash", "-e", "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    names = [f"{model}-{stage}" for model in models for stage in ("start", "dvpo")]
+    for benchmark, questions in QUESTIONS.items():
+        check_as_judges_do(benchmark, tmp_path / "runs" / "judges" / benchmark, names, questions)
