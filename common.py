@@ -624,7 +624,7 @@ def settle(args, path: str, **small):
     """
     missing = {name: value for name, value in small.items() if getattr(args, name) is None}
     flags = ", ".join("--" + name.replace("_", "-") for name in missing)
-    large = missing and load_task(path) is None and load_config(path).get_text_config().hidden_size > 256
+    large = missing and load_task(path) is None and getattr(load_config(path).get_text_config(), "hidden_size", 0) > 256
     check(not large, f"{flags}: name what suits {path}; the defaults suit small models alone")
     args = replace(args, **missing)
     for name, value in vars(args).items():

@@ -10,6 +10,7 @@ BENCHMARKS = Path(__file__).parent / "benchmarks"
 RESULTS = BENCHMARKS / "results"
 sys.path.append(str(BENCHMARKS))
 
+import picture  # noqa: E402
 import study  # noqa: E402
 import study_report  # noqa: E402
 import torch  # noqa: E402
@@ -83,3 +84,9 @@ def test_rows_can_be_made_again():
     made = {row["key"]: flags(row["stages"]) for row in study_report.read(RESULTS / "study.jsonl.gz")
             if row["key"] in wanted and row["method"] in ("dvpo", "ppo")}  # fmt: skip
     assert len(made) > 50 and made == {key: wanted[key] for key in made}
+
+
+def test_the_readmes_picture_is_made_by_its_command(tiny_gvm, tmp_path):
+    picture.main(picture.Args(tiny_gvm, output=str(tmp_path / "picture.svg")))
+    drawn = (tmp_path / "picture.svg").read_text()
+    assert "good answer, exact score 1<" in drawn and "bad answer, exact score " in drawn and len(drawn) < 100_000

@@ -56,7 +56,7 @@ def main(args: Args) -> None:
         long = question.startswith(("list five", "list six")) and " or " in question
         if long and score(example.prompt, example.chosen) == 1 and score(example.prompt, example.rejected) <= 0:
             break
-    answers, _ = evaluate.tokenize(tokenizer, [example], "preference", evaluate.Args())
+    answers, _ = evaluate.tokenize(tokenizer, [example], "preference", evaluate.Args(response_length=20))
 
     parts, right = [], 0.0
     for row, (answer, text) in enumerate(zip(answers, (example.chosen, example.rejected))):
