@@ -705,7 +705,7 @@ def check_same_tokenizer(path: str, tokenizer, other_path: str) -> None:
 
 # ---- Output folders and checkpoints ----------------------------------------------------------------------------------
 # What may differ when a run is resumed: it does not change what is computed.
-FREE_SETTINGS = {"output_dir", "reward_output_dir", "resume", "checkpoint_every", "track", "sample_every", "max_kl",
+FREE_SETTINGS = {"output_dir", "reward_output_dir", "resume", "checkpoint_every", "track", "max_kl",
                  "micro_batch_size", "rollout_micro_batch_size", "gradient_checkpointing", "dp_replicate"}  # fmt: skip
 
 

@@ -73,6 +73,8 @@ class Args:
     """answers sampled at once (per rank); None is all; lower it when out of memory, results stay the same"""
 
     # Advantages
+    reward_source: Literal["gvm", "task"] = "gvm"
+    """gvm: its verdict on the finished answer; task: the dataset's exact score, and the GVM is critic alone"""
     advantage: Literal["gae", "gae_uncentered", "q", "released"] = "gae"
     """gae: bootstrapped by the GVM, centred per token (or not); q: the paper's static Q; released: the authors' code"""
     gamma: float = 1.0
@@ -97,10 +99,8 @@ class Args:
     """replicas of the sharded models (hybrid sharding: one per machine)"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
-    sample_every: int = 50
-    """updates between tables of sampled answers"""
     checkpoint_every: int = 50
-    """updates between checkpoints in `output_dir`, the newest two of which are kept"""
+    """updates between checkpoints in `output_dir`, the newest two of which are kept, and between printed samples"""
     resume: bool = False
     """go on with an interrupted run, from its newest whole checkpoint; start where there is none"""
     track: Literal["tensorboard", "wandb"] | None = None
@@ -219,21 +219,19 @@ def center_per_token(advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tens
     return advantages - (advantages.sum(0) - advantages) / num_others.clamp(min=1)
 
 
-def dvpo_advantages(gvm_values, kl, mask, estimator: str, gamma: float, lam: float, kl_coef: float) -> torch.Tensor:
+def dvpo_advantages(gvm_values, rewards, mask, estimator: str, gamma: float, lam: float) -> torch.Tensor:
     """Token advantages from the frozen GVM: ours, the paper's (arXiv:2502.16944v2) and the released code's.
 
-    `gvm_values (B, R + 1)`: V(s_1), then Q(s_t, a_t) = V(s_{t+1}) of every token; `kl (B, R)` log-ratio of policy to
-    reference; `mask (B, R)`. Returns `(B, R)`, whitened.
+    `gvm_values (B, R + 1)`: V(s_1), then Q(s_t, a_t) = V(s_{t+1}) of every token; `rewards (B, R)`: the price of KL,
+    and no more where the GVM is the judge; `mask (B, R)`. Returns `(B, R)`, whitened.
     """
-    rewards = -kl_coef * kl  # (B, R) the only reward: what the answer is worth is in the values
     if estimator in ("gae", "gae_uncentered"):
         # DEVIATION: the paper takes Q itself. GAE subtracts V(s_t) and, bootstrapped by the GVM's judgement of the
         # finished answer, adds up to that judgement: the values serve as baseline and as verdict.
         advantages = common.gae(gvm_values, rewards, mask, gamma, lam)  # (B, R)
         if estimator == "gae":
-            # DEVIATION: frozen values fall behind a policy that gets better, and the further, the less of an answer
-            # they have seen. The batch's other answers show by how much: their mean advantage brings the baseline up
-            # to date, as a critic that learns along would.
+            # DEVIATION: frozen values fall behind a policy that gets better. The batch's other answers show by how
+            # much: their mean advantage brings the baseline up to date, as a critic that learns along would.
             advantages = center_per_token(advantages, mask)
     elif estimator == "q":
         advantages = rewards + gvm_values[:, 1:]  # static Q(s_t, a_t), no baseline
@@ -414,6 +412,7 @@ def main(args: Args) -> None:
     examples = list({str(example.prompt): example for example in examples}.values())  # each prompt once
     examples, all_prompts = common.fit_prompts(tokenizer, examples, args.max_prompt_length)
     exact_score = getattr(common.load_task(args.dataset), "score", None)  # "gold", where the task has one
+    common.check(exact_score or args.reward_source == "gvm", f"--reward-source task: {args.dataset} defines no score()")
     common.log(f"{len(all_prompts)} different prompts, the first: {tokenizer.decode(all_prompts[0])!r}")
 
     # ---- 3 Models: one trained, two frozen ---------------------------------------------------------------------------
@@ -448,8 +447,7 @@ def main(args: Args) -> None:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + update)
         drawn = common.shuffled_batch(len(all_prompts), update, B, args.seed)
         prompts = [all_prompts[i] for i in drawn]
-        # The first updates (the second has the optimizer's states) are padded to the widest batch there can be: if
-        # memory runs out, then now.
+        # The first updates (the second has the optimizer's states) are the widest: memory runs out now or never.
         widest = update <= 2
         crop = (lambda *batch: batch) if widest else common.crop
         padded = common.pad(prompts, tokenizer.pad_token_id, "left", longest_prompt if widest else 0)
@@ -496,9 +494,16 @@ def main(args: Args) -> None:
         # (B,) the GVM's judgement of each answer; one that was cut is judged where it stops, at no further price.
         scores = common.last_values(gvm_values, response_mask)
         kl = logprobs - ref_logprobs  # (B, R) k1, zero outside the mask
-        advantages = dvpo_advantages(
-            gvm_values, kl, response_mask, args.advantage, args.gamma, args.gae_lambda, carried.kl_coef
-        )  # (B, R)
+        # Decoding is slow: all answers where they are scored, else those that may be shown.
+        needed = zip(response_ids[: B if exact_score else 3], response_mask)
+        texts = [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in needed]
+        asked = [examples[i].prompt for i in drawn]
+        gold = [*map(exact_score, asked, texts)] if exact_score else None  # (B,)
+        rewards = -carried.kl_coef * kl  # (B, R)
+        if args.reward_source == "task":  # the exact score is paid on the last token, and nothing comes after it
+            rewards = rewards.scatter_add(1, lengths[:, None] - 1, kl.new_tensor(gold)[:, None])
+            gvm_values = gvm_values.scatter(1, lengths[:, None], 0.0)
+        advantages = dvpo_advantages(gvm_values, rewards, response_mask, args.advantage, args.gamma, args.gae_lambda)
         time_score = common.clock(device) - start
 
         # ---- 6 Update: PPO-clip on the policy, and nothing else ------------------------------------------------------
@@ -563,15 +568,11 @@ def main(args: Args) -> None:
             "time/peak_mem_gb": common.peak_memory_gb(device),
         }
         scheduler.step()
-        # Decoding is slow: all answers where they are scored, else those that may be shown.
-        needed = zip(response_ids[: B if exact_score else 3], response_mask)
-        texts = [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in needed]
-        asked = [examples[i].prompt for i in drawn]
         if exact_score:
-            metrics["objective/gold"] = sum(map(exact_score, asked, texts)) / B
+            metrics["objective/gold"] = sum(gold) / B
         run.log(update, metrics, ("objective/gold", "objective/scores", "objective/kl", "val/response_length",
                                   "val/eos_rate", "val/off_support"))  # fmt: skip
-        if update % args.sample_every == 0 or update == args.num_updates:
+        if update % args.checkpoint_every == 0 or update == args.num_updates:
             for prompt, text, score in zip(asked[:3], texts, scores.tolist()):
                 said = " | ".join(message["content"] for message in prompt)
                 common.log(f"    GVM {score:+.2f}  {said[-200:]!r} -> {text[:300]!r}")

@@ -97,6 +97,8 @@ class Args:
     """answers sampled at once (per rank); None is all; lower it when out of memory, results stay the same"""
 
     # Advantages
+    reward_source: Literal["rm", "task"] = "rm"
+    """task: the dataset's exact score; there is no RM then, and the critic starts from `critic_path` or the policy"""
     gamma: float = 1.0
     """discount per token (released code: 1)"""
     gae_lambda: float = 0.95
@@ -106,7 +108,7 @@ class Args:
     kl_target: float | None = None
     """nats per answer; adapts `kl_coef` towards it (released code: 6); None keeps it fixed"""
     missing_eos_penalty: float = 1.0
-    """taken off the score of an answer that was cut before it ended"""
+    """taken off the RM's score of an answer that was cut before it ended"""
     clip_coef: float = 0.2
     """PPO's epsilon on the probability ratio"""
     value_clip_coef: float = 0.2
@@ -123,10 +125,8 @@ class Args:
     """replicas of the sharded models (hybrid sharding: one per machine)"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
-    sample_every: int = 50
-    """updates between tables of sampled answers"""
     checkpoint_every: int = 50
-    """updates between checkpoints in `output_dir`, the newest two of which are kept"""
+    """updates between checkpoints in `output_dir`, the newest two of which are kept, and between printed samples"""
     resume: bool = False
     """go on with an interrupted run, from its newest whole checkpoint; start where there is none"""
     track: Literal["tensorboard", "wandb"] | None = None
@@ -469,7 +469,6 @@ def train_reward_model(args: Args, tokenizer, mesh, dtype: torch.dtype, device) 
         start = common.clock(device)
         pairs = common.shuffled_batch(len(train_set) // 2, update, num_pairs, args.seed)
         mine = pairs[rank * num_pairs // world_size : (rank + 1) * num_pairs // world_size]
-        # The first updates (the second has the optimizer's states) are the widest: memory runs out now or never.
         widths = widest if update <= 2 else (0, 0)
         sum_loss = 0
         for i in range(0, len(mine), args.micro_batch_size // 2):
@@ -513,11 +512,11 @@ def main(args: Args) -> None:
     common.check(args.rollout_batch_size % share == 0,
                  f"--rollout-batch-size must be a multiple of {share}, --num-minibatches x processes")  # fmt: skip
     common.check(world_size % args.dp_replicate == 0, f"{world_size} processes must be a multiple of --dp-replicate")
-    output = Path(args.output_dir)
+    output, by_rm = Path(args.output_dir), args.reward_source == "rm"
     beside = output.with_name(output.name.replace("ppo", "rm") if "ppo" in output.name else output.name + "_rm")
     reward_path = (args.reward_output_dir or str(beside)) if args.reward_path is None else args.reward_path
     common.check(output.resolve() != Path(reward_path).resolve(), "--output-dir and --reward-output-dir must differ")
-    made = (Path(reward_path) / "README.md").exists() and args.reward_path is None and not args.resume
+    made = (Path(reward_path) / "README.md").exists() and by_rm and args.reward_path is None and not args.resume
     common.check(not made, f"{reward_path} holds a reward model: if {args.dataset} trained it, use it by --reward-path "
                  f"{reward_path}, else choose another --reward-output-dir")  # fmt: skip
     mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
@@ -534,13 +533,13 @@ def main(args: Args) -> None:
     examples = list({str(example.prompt): example for example in examples}.values())  # each prompt once
     examples, all_prompts = common.fit_prompts(tokenizer, examples, args.max_prompt_length)
     exact_score = getattr(common.load_task(args.dataset), "score", None)  # "gold", where the task has one
+    common.check(exact_score or by_rm, f"--reward-source task: {args.dataset} defines no score()")
     common.log(f"{len(all_prompts)} different prompts, the first: {tokenizer.decode(all_prompts[0])!r}")
 
     # ---- 3 Models: two trained, two frozen ---------------------------------------------------------------------------
-    if args.reward_path is None:
+    if by_rm and args.reward_path is None:
         train_reward_model(replace(args, output_dir=reward_path), tokenizer, mesh, dtype, device)
         gc.collect()  # the model and its methods refer to each other: without it, its memory would stay taken
-    common.check_same_tokenizer(args.model_path, tokenizer, reward_path)
     policy = common.load_policy(args.model_path, tokenizer, torch.float32).train()
     end_ids = torch.tensor(policy.generation_config.eos_token_id, device=device)  # (E,)
     if args.gradient_checkpointing:
@@ -548,10 +547,13 @@ def main(args: Args) -> None:
     policy = add_methods(shard(policy, mesh, dtype), token_logprobs, generate)
     reference = common.load_policy(args.model_path, tokenizer, dtype).eval().requires_grad_(False)
     reference = add_methods(shard(reference, mesh, dtype), token_logprobs)
-    rm = common.load_value_model(reward_path, tokenizer, dtype, fresh_head=False)
-    rm = add_methods(shard(rm.eval().requires_grad_(False), mesh, dtype), token_values)
-    critic_path = reward_path if args.critic_path is None else args.critic_path
-    critic = common.load_value_model(critic_path, tokenizer, torch.float32, fresh_head=False).train()
+    if by_rm:
+        common.check_same_tokenizer(args.model_path, tokenizer, reward_path)
+        rm = common.load_value_model(reward_path, tokenizer, dtype, fresh_head=False)
+        rm = add_methods(shard(rm.eval().requires_grad_(False), mesh, dtype), token_values)
+        common.check_positions(reward_path, rm, max(map(len, all_prompts)) + args.response_length)
+    critic_path = args.critic_path or (reward_path if by_rm else args.model_path)
+    critic = common.load_value_model(critic_path, tokenizer, torch.float32, fresh_head=not by_rm).train()
     if args.gradient_checkpointing:
         critic.gradient_checkpointing_enable({"use_reentrant": False})
     critic = add_methods(shard(critic, mesh, dtype), token_values)
@@ -563,10 +565,10 @@ def main(args: Args) -> None:
     critic_scheduler = get_linear_schedule_with_warmup(critic_optimizer, 0, args.num_updates)
 
     trained = [(policy, optimizer, scheduler), (critic, critic_optimizer, critic_scheduler)]
-    data = common.fingerprint(all_prompts, args.model_path, reward_path)
+    data = common.fingerprint(all_prompts, args.model_path, *[reward_path] * by_rm)
     done, carried = run.start(trained, args.num_updates, data, kl_coef=args.kl_coef, usual_surprise=None)
     B, longest_prompt = args.rollout_batch_size, max(map(len, all_prompts))
-    for path, model in ((args.model_path, policy), (reward_path, rm), (critic_path, critic)):
+    for path, model in ((args.model_path, policy), (critic_path, critic)):
         common.check_positions(path, model, longest_prompt + args.response_length)
     mine = torch.arange(B).chunk(world_size)[rank]  # the rows this rank rolls out and scores
     for update in range(done + 1, args.num_updates + 1):
@@ -577,8 +579,7 @@ def main(args: Args) -> None:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + update)
         drawn = common.shuffled_batch(len(all_prompts), update, B, args.seed)
         prompts = [all_prompts[i] for i in drawn]
-        # The first updates (the second has the optimizer's states) are padded to the widest batch there can be: if
-        # memory runs out, then now.
+        # The first updates (the second has the optimizer's states) are the widest: memory runs out now or never.
         widest = update <= 2
         crop = (lambda *batch: batch) if widest else common.crop
         padded = common.pad(prompts, tokenizer.pad_token_id, "left", longest_prompt if widest else 0)
@@ -608,14 +609,20 @@ def main(args: Args) -> None:
                 logprobs[micro, :r], _ = policy.token_logprobs(*batch, args.temperature)
                 ref_logprobs[micro, :r], _ = reference.token_logprobs(*batch, args.temperature)
                 values[micro, : r + 1] = critic.token_values(*batch)
-                scores[micro, 0] = common.last_values(rm.token_values(*batch), batch[2])
+                if by_rm:
+                    scores[micro, 0] = common.last_values(rm.token_values(*batch), batch[2])
         scored = torch.cat([logprobs, ref_logprobs, values, scores], 1)[mine]  # (B / world_size, 3 R + 2)
         scored = common.all_gather(scored)  # again all ranks hold all rows
         common.check_finite(update, "log-probs, values or scores are", scored)
         logprobs, ref_logprobs, values, scores = scored.split([R, R, R + 1, 1], 1)
-        scores = scores[:, 0]  # (B,)
+        # Decoding is slow: all answers where they are scored, else those that may be shown.
+        needed = zip(response_ids[: B if exact_score else 3], response_mask)
+        texts = [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in needed]
+        asked = [examples[i].prompt for i in drawn]
+        gold = [*map(exact_score, asked, texts)] if exact_score else None  # (B,)
         kl = logprobs - ref_logprobs  # (B, R) k1, zero outside the mask
-        rewarded = scores - args.missing_eos_penalty * ~ended  # (B,)
+        scores = scores[:, 0] if by_rm else kl.new_tensor(gold)  # (B,)
+        rewarded = scores - args.missing_eos_penalty * ~ended if by_rm else scores  # (B,)
         advantages, returns = ppo_advantages(
             values, rewarded, kl, response_mask, args.gamma, args.gae_lambda, carried.kl_coef
         )  # (B, R) both
@@ -701,15 +708,11 @@ def main(args: Args) -> None:
         }
         scheduler.step()
         critic_scheduler.step()
-        # Decoding is slow: all answers where they are scored, else those that may be shown.
-        needed = zip(response_ids[: B if exact_score else 3], response_mask)
-        texts = [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in needed]
-        asked = [examples[i].prompt for i in drawn]
         if exact_score:
-            metrics["objective/gold"] = sum(map(exact_score, asked, texts)) / B
+            metrics["objective/gold"] = sum(gold) / B
         run.log(update, metrics, ("objective/gold", "objective/scores", "objective/kl", "val/response_length",
                                   "val/eos_rate", "val/off_support"))  # fmt: skip
-        if update % args.sample_every == 0 or update == args.num_updates:
+        if update % args.checkpoint_every == 0 or update == args.num_updates:
             for prompt, text, score in zip(asked[:3], texts, scores.tolist()):
                 said = " | ".join(message["content"] for message in prompt)
                 common.log(f"    RM {score:+.2f}  {said[-200:]!r} -> {text[:300]!r}")

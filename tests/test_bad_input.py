@@ -208,6 +208,13 @@ def test_prompts_train_no_reward_model(make, fails, tiny_model):
     fails(train_ppo_baseline, "columns .*prompt.* fit none of", model_path=tiny_model, dataset=make([{"prompt": "a"}]))
 
 
+def test_a_reward_that_the_dataset_cannot_pay(make, fails, tiny_model, tiny_gvm):
+    data = make([{"prompt": f"a {i}"} for i in range(20)])
+    message = "--reward-source task: .* defines no score"
+    fails(train_dvpo, message, model_path=tiny_model, gvm_path=tiny_gvm, dataset=data, reward_source="task")
+    fails(train_ppo_baseline, message, model_path=tiny_model, dataset=data, reward_source="task")
+
+
 def test_policy_and_reward_model_in_one_folder(fails, tiny_model, tmp_path):
     fails(train_ppo_baseline, "--output-dir and --reward-output-dir must differ", model_path=tiny_model,
           reward_output_dir=str(tmp_path / "out"))  # fmt: skip
@@ -221,7 +228,7 @@ def test_policy_and_reward_model_in_one_folder(fails, tiny_model, tmp_path):
      {"learning_rate": -1e-3}, {"learning_rate": float("inf")}, {"gamma": -1.5}, {"gae_lambda": -0.1},
      {"clip_coef": -0.1}, {"kl_coef": -1.0}, {"kl_target": -1.0}, {"max_grad_norm": -1.0}, {"max_kl": float("nan")},
      {"seed": -1}, {"seed": 2**63}, {"max_prompt_length": 0}, {"rollout_micro_batch_size": 0}, {"checkpoint_every": 0},
-     {"num_epochs": 0}, {"sample_every": 0}],
+     {"num_epochs": 0}],
     ids=str,
 )  # fmt: skip
 def test_impossible_settings(setting, fails, tiny_model, tiny_gvm):

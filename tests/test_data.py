@@ -9,7 +9,7 @@ from collections import Counter
 import lists
 import pytest
 import torch
-from conftest import ROOT, gold, task_examples
+from conftest import ROOT, USER_TEXT, gold, task_examples
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -598,3 +598,49 @@ def test_preferences_are_bradley_terry_in_the_gold_score():
             wins, total = wins + (difference > 0), total + 1
     expected = torch.sigmoid(torch.tensor(lists.FAULT / lists.NOISE)).item()
     assert abs(wins / total - expected) < 4 * (expected * (1 - expected) / total) ** 0.5
+
+
+# ---- Chains: longer answers of a set length --------------------------------------------------------------------------
+CHAIN = "1 fruits apple, pear and lemon. 2 cities cairo, rome and london. 3 animals wolf, horse and cat."
+
+
+@pytest.mark.parametrize(
+    "faults, answer",
+    [
+        (0, CHAIN),
+        (1, CHAIN.replace("wolf", "dog")),  # excluded
+        (1, CHAIN.replace("rome", "tin")),  # of another kind
+        (1, CHAIN.replace("pear", "apple")),  # named before
+        (1, CHAIN.replace("horse and cat", "horse and cow")),  # does not lead back to fruits
+        (1, CHAIN.replace("rome and london", "rome and paris")),  # which leads to cities, not to animals
+        (1, CHAIN.replace("3 animals", "4 animals")),  # badly written
+        (2, CHAIN.replace(" 3 animals wolf, horse and cat.", "")),  # one list is missing, and there is no way back
+        (2, CHAIN.replace("cities cairo, rome", "tools saw, file")),  # an excluded kind, and an item that is not of it
+        (4, ""),  # three lists are missing, and there is no way back
+    ],
+)
+def test_faults_of_a_chain(faults, answer, monkeypatch):
+    monkeypatch.setenv("CHAIN_LISTS", "4")
+    task = common.load_task("tests/tasks/chains.py")
+    question = "chain 3, never tools, not the zinc or the dog"
+    assert (1.0 - task.score(USER_TEXT(question), answer)) / 0.25 == faults
+
+
+@pytest.mark.parametrize("lists, shortest, longest", [(1, 8, 10), (8, 55, 75), (31, 235, 260)])
+def test_chains_have_the_length_that_is_asked_for(lists, shortest, longest, monkeypatch):
+    monkeypatch.setenv("CHAIN_LISTS", str(lists))
+    task = common.load_task("tests/tasks/chains.py")
+    task.SIZES.update(train=200, heldout=100)
+    tokenizer = task.model()[1]
+    train, heldout = task.rows("train"), task.rows("heldout")
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in heldout}
+    texts = [row[side] for row in train for side in ("chosen", "rejected")]
+    lengths = [len(ids) + 1 for ids in tokenizer(texts).input_ids]
+    assert shortest < sum(lengths) / len(lengths) < longest
+    assert [tokenizer.decode(ids) for ids in tokenizer(texts).input_ids] == texts
+    gold = {writer: [] for writer in task.WRITERS}
+    for row in train:
+        for side in ("chosen", "rejected"):
+            gold[row[f"{side}_policy"]].append(task.score(USER_TEXT(row["prompt"]), row[side]))
+    assert max(gold["expert"]) == 1.0
+    assert sum(gold["expert"]) / len(gold["expert"]) > sum(gold["careless"]) / len(gold["careless"]) + 0.1

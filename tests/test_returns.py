@@ -95,7 +95,7 @@ def probability_of_ending_after_one_step(estimator: str) -> float:
                                [0.0, 0.8, 0.6, 0.6, 0.6, 0.6, 0.6, 0.5],
                                [0.0, -0.7, -0.8, 0, 0, 0, 0, 0]])  # fmt: skip
     mask = torch.tensor([[1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0, 0]], dtype=torch.bool)
-    advantages = train_dvpo.dvpo_advantages(gvm_values, torch.zeros(3, 7), mask, estimator, 1.0, 0.95, 0.05)
+    advantages = train_dvpo.dvpo_advantages(gvm_values, torch.zeros(3, 7), mask, estimator, 1.0, 0.95)
     logit = torch.zeros((), requires_grad=True)
     decision = torch.stack([torch.nn.functional.logsigmoid(logit), torch.nn.functional.logsigmoid(-logit)])
     at_the_decision = torch.tensor([[True], [True]])
@@ -115,7 +115,7 @@ def test_gae_rewards_ending_a_good_answer_and_the_released_estimator_punishes_it
 
 def test_static_q_is_the_value_after_the_token():
     values, kl = random_case()
-    advantages = train_dvpo.dvpo_advantages(values, kl, MASK, "q", 0.9, 0.95, 0.1)
+    advantages = train_dvpo.dvpo_advantages(values, -0.1 * kl, MASK, "q", 0.9, 0.95)
     torch.testing.assert_close(advantages, common.masked_whiten(values[:, 1:] - 0.1 * kl, MASK))
 
 
@@ -130,7 +130,7 @@ def test_the_released_estimator_equals_a_plain_loop():
             value = (row[t] - every.mean()) / every.std(correction=0)
             expected[i, t] = following = -0.1 * kl[i, t] + 0.9 * after - value + 0.9 * 0.95 * following
             after = value
-    advantages = train_dvpo.dvpo_advantages(values, kl, MASK, "released", 0.9, 0.95, 0.1)
+    advantages = train_dvpo.dvpo_advantages(values, -0.1 * kl, MASK, "released", 0.9, 0.95)
     torch.testing.assert_close(advantages, common.masked_whiten(expected, MASK))
 
 
@@ -139,7 +139,7 @@ def test_the_kl_reward_has_the_right_sign():
     mask = torch.ones(1, 2, dtype=torch.bool)
     kl = torch.tensor([[2.0, -2.0]])
     for estimator in ("gae", "gae_uncentered", "q", "released"):
-        advantages = train_dvpo.dvpo_advantages(torch.zeros(1, 3), kl, mask, estimator, 1.0, 0.0, 0.1)
+        advantages = train_dvpo.dvpo_advantages(torch.zeros(1, 3), -0.1 * kl, mask, estimator, 1.0, 0.0)
         assert advantages[0, 0] < 0 < advantages[0, 1]
 
 
@@ -152,18 +152,18 @@ def test_centring_equals_a_plain_loop():
         for b in range(3):
             others = [uncentered[i, t] for i in range(3) if i != b and MASK[i, t]]
             expected[b, t] -= sum(others) / len(others) if others else 0.0
-    advantages = train_dvpo.dvpo_advantages(values, kl, MASK, "gae", 1.0, 0.95, 0.1)
+    advantages = train_dvpo.dvpo_advantages(values, -0.1 * kl, MASK, "gae", 1.0, 0.95)
     torch.testing.assert_close(advantages, common.masked_whiten(expected, MASK))
 
 
 def test_centring_makes_values_that_have_fallen_behind_as_good_as_current_ones():
     """What the frozen values miss at every answer alike must not move the policy; uncentred, it does."""
     generator = torch.Generator().manual_seed(0)
-    mask, kl = torch.ones(8, 5, dtype=torch.bool), torch.zeros(8, 5)
+    mask, rewards = torch.ones(8, 5, dtype=torch.bool), torch.zeros(8, 5)
     current = torch.randn(8, 6, generator=generator)
     behind = current - torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])  # nothing is missed at the end
     for estimator, same in (("gae", True), ("gae_uncentered", False)):
-        a, b = (train_dvpo.dvpo_advantages(v, kl, mask, estimator, 1.0, 0.95, 0.1) for v in (current, behind))
+        a, b = (train_dvpo.dvpo_advantages(v, rewards, mask, estimator, 1.0, 0.95) for v in (current, behind))
         assert torch.allclose(a, b, atol=1e-5) is same
 
 

@@ -468,6 +468,33 @@ def test_advantage_estimators_lead_to_different_policies(tiny_model, tiny_gvm, t
     assert not any(torch.equal(weights[0], other) for other in weights[1:])
 
 
+def test_a_reward_from_the_task_is_paid_at_the_end_and_nothing_follows_it(tiny_model, tiny_gvm, tmp_path, monkeypatch):
+    """In both scripts the exact score is the last token's reward; DVPO's GVM and PPO's critic are critics alone."""
+    seen = {}
+
+    def spy(module, name):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given: seen.update({name: given}) or original(*given))
+
+    spy(train_dvpo, "dvpo_advantages")
+    spy(train_ppo_baseline, "ppo_advantages")
+    same = dict(num_updates=1, rollout_batch_size=8, response_length=6, reward_source="task", kl_coef=0.0)
+    train_dvpo.main(train_dvpo.Args(tiny_model, tiny_gvm, output_dir=str(tmp_path / "dvpo"), **same))
+    ppo = train_ppo_baseline.Args(tiny_model, critic_path=tiny_gvm, output_dir=str(tmp_path / "ppo"), **same)
+    train_ppo_baseline.main(ppo)
+    values, rewards, mask, *_ = seen["dvpo_advantages"]
+    last = mask.sum(1, keepdim=True)
+    assert (values.gather(1, last) == 0).all() and (values[:, 0] != 0).all()
+    paid = rewards.gather(1, last - 1)[:, 0]
+    assert paid.abs().sum() > 0 and torch.equal(rewards.sum(1), paid)
+    for folder in ("dvpo", "ppo"):
+        assert read_metrics(tmp_path / folder)[0]["objective/gold"] == pytest.approx(paid.mean().item())
+    critic_values, scores, *_ = seen["ppo_advantages"]
+    torch.testing.assert_close(scores, paid)
+    torch.testing.assert_close(critic_values[:, 0], values[:, 0])  # the same critic, before it learns along
+    assert not (tmp_path / "rm").exists()
+
+
 def test_dvpo_conditions_a_gvm_that_was_trained_so(tiny_model, tiny_gvm, tmp_path, monkeypatch):
     """The K in the GVM's config changes the values that the policy is judged by; no answer conditions itself."""
     tokenizer = common.load_tokenizer(tiny_gvm)

@@ -129,7 +129,7 @@ def measure(method: str, args: Args) -> dict:
         )
         module.main(
             module.Args(
-                dataset=str(prompts), output_dir=folder + "/out", learning_rate=0.0, sample_every=10**9,
+                dataset=str(prompts), output_dir=folder + "/out", learning_rate=0.0,
                 checkpoint_every=10**9,
                 num_updates=args.num_updates, rollout_batch_size=args.rollout_batch_size, num_epochs=args.num_epochs,
                 micro_batch_size=args.micro_batch_size, response_length=args.response_length,

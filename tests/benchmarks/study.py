@@ -346,9 +346,9 @@ class Recorder:
         advantages = getattr(module, name)
         self.replaced = (module, name, advantages), (common, "load_task", load_task), (common.Run, "log", log)
 
-        def recorded_dvpo(values, kl, mask, *rest):
+        def recorded_dvpo(values, rewards, mask, *rest):
             self.pending = values, None, mask
-            return advantages(values, kl, mask, *rest)
+            return advantages(values, rewards, mask, *rest)
 
         def recorded_ppo(values, scores, kl, mask, gamma, lam, kl_coef):
             ahead = scores[:, None] - kl_coef * kl.flip(1).cumsum(1).flip(1)  # (B, R) return-to-go of this very answer

@@ -126,13 +126,15 @@ CHAT_TEMPLATE = (
 )
 
 
-def model():
+WORDS = ["list", *NUMBERS, *CATEGORIES, *sum(CATEGORIES.values(), []), "not", "the", "or", "and"]
+
+
+def model(words=tuple(WORDS)):
     """Config of a 2-layer, 128-wide Llama, and a tokenizer: one token per word, and decoding gives back the text."""
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     special = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>"]
-    words = ["list", *NUMBERS, *CATEGORIES, *sum(CATEGORIES.values(), []), "not", "the", "or", "and"]
     vocabulary = {token: i for i, token in enumerate([*special, *words, ",", "."])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
