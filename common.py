@@ -29,9 +29,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict as dcp_state
 import transformers
 import tyro
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import cached_file
 
@@ -110,6 +111,15 @@ def init_processes() -> torch.device:
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)  # kept over restarts
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=10))
     return device
+
+
+def device_mesh(device: torch.device, num_replicas: int):
+    """Over which processes FSDP shards a model: all, or each of `num_replicas` equal parts of them a replica."""
+    world_size = dist.get_world_size()
+    check(world_size % num_replicas == 0, f"{world_size} processes must be a multiple of --dp-replicate")
+    shape = num_replicas, world_size // num_replicas
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    return mesh if num_replicas > 1 else mesh["shard"]
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -629,7 +639,7 @@ def settle(args, path: str, **small):
     args = replace(args, **missing)
     for name, value in vars(args).items():
         if isinstance(value, (int, float)):
-            least = int(type(value) is int and name not in ("seed", "num_context_trajectories"))
+            least = int(type(value) is int and name not in ("seed", "lora_rank", "num_context_trajectories"))
             check(least <= value < 2**62, f"--{name.replace('_', '-')} {value} must be at least {least} and finite")
     return args
 
@@ -703,10 +713,56 @@ def check_same_tokenizer(path: str, tokenizer, other_path: str) -> None:
     check(same, f"{other_path} and {path} have different tokenizers or chat templates: train both from the same model")
 
 
+# ---- LoRA, arXiv:2106.09685 ------------------------------------------------------------------------------------------
+LORA_ALPHA = 32  # alpha / rank scales the pairs, so that one learning rate suits every rank
+
+
+def add_lora(model, rank: int, seed: int) -> None:
+    """Freeze `model` and train, in fp32, a pair beside each linear layer of its decoder layers, and a value head.
+
+    `y = W x + alpha / rank B A x`, where B is zero at first. A rank of 0 leaves the model as it is.
+    """
+    if rank == 0:
+        return
+    layers = [layer for layer in decoder_layers(model).modules() if isinstance(layer, torch.nn.Linear)]
+    check(layers, f"--lora-rank: {model.config.model_type}'s decoder layers hold no nn.Linear: leave it at 0")
+
+    def add_pair(layer, inputs, output):  # a forward hook
+        if model.lora_on:
+            update = torch.nn.functional.linear(torch.nn.functional.linear(*inputs, layer.lora_a), layer.lora_b)
+            return output + LORA_ALPHA / rank * update
+
+    model.requires_grad_(False)
+    model.lora_on, generator = True, torch.Generator().manual_seed(seed)
+    for layer in layers:
+        a = torch.empty(rank, layer.in_features).uniform_(-1, 1, generator=generator) / layer.in_features**0.5
+        layer.lora_a, layer.lora_b = map(torch.nn.Parameter, (a, torch.zeros(layer.out_features, rank)))
+        layer.register_forward_hook(add_pair)
+    if hasattr(model, "score"):
+        model.score.float().requires_grad_(True)
+
+
+@contextlib.contextmanager
+def lora_off(model):
+    """What `model` was before `add_lora`, but for a value head: of a policy, the KL reference."""
+    model.lora_on = False
+    yield
+    model.lora_on = True
+
+
+def merge_lora(state_dict: dict) -> None:
+    """Add each pair of a whole model's `state_dict` to the weight that it stands beside."""
+    for name in [name for name in state_dict if name.endswith("lora_a")]:
+        a, b, weight = state_dict.pop(name), state_dict.pop(name[:-1] + "b"), name.removesuffix("lora_a") + "weight"
+        state_dict[weight] = state_dict[weight].float() + LORA_ALPHA / len(a) * b @ a
+
+
 # ---- Output folders and checkpoints ----------------------------------------------------------------------------------
 # What may differ when a run is resumed: it does not change what is computed.
 FREE_SETTINGS = {"output_dir", "reward_output_dir", "resume", "checkpoint_every", "track", "max_kl",
                  "micro_batch_size", "rollout_micro_batch_size", "gradient_checkpointing", "dp_replicate"}  # fmt: skip
+
+TRAINED = dcp_state.StateDictOptions(ignore_frozen_params=True, strict=False)  # what a checkpoint holds
 
 
 class Run:
@@ -774,8 +830,8 @@ class Run:
             tensors = self.tensors()
             dcp.load(tensors, checkpoint_id=self.source)
             for i, (model, optimizer, scheduler) in enumerate(trained):
-                set_state_dict(model, optimizer, model_state_dict=tensors[str(i)]["model"],
-                               optim_state_dict=tensors[str(i)]["optimizer"])  # fmt: skip
+                dcp_state.set_state_dict(model, optimizer, model_state_dict=tensors[str(i)]["model"],
+                               optim_state_dict=tensors[str(i)]["optimizer"], options=TRAINED)  # fmt: skip
                 scheduler.load_state_dict(state["schedulers"][i])
             vars(self.carried).update(state["carried"])
             with user_errors((OSError, ValueError, AttributeError), f"{metrics}: damaged, so the run cannot go on"):
@@ -806,7 +862,7 @@ class Run:
 
     def tensors(self) -> dict:
         """Weights and optimizer states of what is trained, as shards."""
-        parts = [get_state_dict(model, optimizer) for model, optimizer, _ in self.trained]
+        parts = [dcp_state.get_state_dict(model, optimizer, options=TRAINED) for model, optimizer, _ in self.trained]
         return {str(i): {"model": model, "optimizer": optimizer} for i, (model, optimizer) in enumerate(parts)}
 
     def log(self, update: int, metrics: dict, show: tuple[str, ...]) -> None:
@@ -852,14 +908,18 @@ class Run:
             for old in self.checkpoints()[:-2]:
                 shutil.rmtree(old)
 
-    def save(self, model, state_dict: dict, tokenizer, title: str) -> None:
+    def save(self, model, dtype: torch.dtype, tokenizer, title: str) -> None:
         """Write model (safetensors), config, tokenizer, chat template and model card, and end the run."""
+        whole = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state_dict = dcp_state.get_model_state_dict(model, options=whole)  # on rank 0 alone, and all must call
         if self.writes:
+            merge_lora(state_dict)
+            state_dict = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+                          for name, tensor in state_dict.items()}  # fmt: skip
             if model.config.tie_word_embeddings:
                 state_dict.pop("lm_head.weight", None)  # it is the embedding, stored once
             bad = [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]
             check(not bad, f"{self.folder}: not saved, as {', '.join(bad[:3])} is not finite")
-            dtype = next(iter(state_dict.values())).dtype
             model.save_pretrained(self.folder, state_dict=state_dict)  # empties the dict
             model.config.dtype = dtype  # not that of the fp32 model that was trained
             model.config.save_pretrained(self.folder)

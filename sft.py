@@ -18,8 +18,6 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import AutoModelForSequenceClassification, get_linear_schedule_with_warmup
 
@@ -55,6 +53,8 @@ class Args:
     """sequences per forward and backward (per rank); lower it when out of memory, results stay the same"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
+    lora_rank: int = 0
+    """of LoRA: train low-rank pairs beside the layers, at a higher learning rate; 0 trains all weights"""
     max_prompt_length: int = 512
     """tokens; examples with longer prompts are dropped"""
     response_length: int | None = None
@@ -190,13 +190,6 @@ def add_methods(model, *functions):
     return model
 
 
-# Copied from train_dvpo.full_state_dict
-def full_state_dict(model, dtype: torch.dtype) -> dict:
-    """The whole model on rank 0's CPU in `dtype`, empty on other ranks; every rank must call."""
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-
-
 # ---- Data and held-out loss ------------------------------------------------------------------------------------------
 def demonstrations(
     tokenizer, examples: list[common.Example], both: bool, args: Args, heldout: bool = False
@@ -237,10 +230,7 @@ def main(args: Args) -> None:
     args = common.settle(args, args.model_path, learning_rate=1.5e-3, response_length=20)
     run = common.Run(args, __file__)
     common.check(args.batch_size % world_size == 0, f"--batch-size must be a multiple of {world_size}, the processes")
-    common.check(world_size % args.dp_replicate == 0, f"{world_size} processes must be a multiple of --dp-replicate")
-    mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
-                            mesh_dim_names=("replicate", "shard"))  # fmt: skip
-    mesh = mesh if args.dp_replicate > 1 else mesh["shard"]
+    mesh = common.device_mesh(device, args.dp_replicate)
     if run.finished:
         return common.end_processes()
     torch.manual_seed(args.seed)
@@ -259,7 +249,11 @@ def main(args: Args) -> None:
         common.log(f"  its exact score: {exact_score(examples[0].prompt, examples[0].chosen):g}")
 
     # ---- 3 Model -----------------------------------------------------------------------------------------------------
-    policy = common.load_policy(args.model_path, tokenizer, torch.float32)
+    trained_dtype = dtype if args.lora_rank else torch.float32
+    untrained = common.load_task(args.model_path) is not None
+    common.check(not (untrained and args.lora_rank), f"--lora-rank: {args.model_path} is untrained: leave it at 0")
+    policy = common.load_policy(args.model_path, tokenizer, trained_dtype)
+    common.add_lora(policy, args.lora_rank, args.seed)
     if not has_value_model(policy.config):
         common.log(f"warning: no value model can be made of {policy.config.model_type}: train_gvm.py will refuse it")
     if args.gradient_checkpointing:
@@ -272,7 +266,8 @@ def main(args: Args) -> None:
 
     widest = max(len(prompt) for prompt, _ in train_set), max(len(response) for _, response in train_set)
     common.check_positions(args.model_path, policy, sum(widest))
-    done, _ = run.start([(policy, optimizer, scheduler)], num_updates, common.fingerprint(train_set))
+    frozen = [args.model_path] * (args.lora_rank > 0)
+    done, _ = run.start([(policy, optimizer, scheduler)], num_updates, common.fingerprint(train_set, *frozen))
     for update in range(done + 1, num_updates + 1):
         start = common.clock(device)
         # ---- 4 Update ------------------------------------------------------------------------------------------------
@@ -314,7 +309,7 @@ def main(args: Args) -> None:
         run.checkpoint(update)
 
     # ---- 6 Save ------------------------------------------------------------------------------------------------------
-    run.save(policy, full_state_dict(policy, dtype), tokenizer, "Supervised fine-tuned policy")
+    run.save(policy, dtype, tokenizer, "Supervised fine-tuned policy")
     common.log(f"next: python train_gvm.py --model-path {args.output_dir} --dataset {args.dataset} "
                f"--response-length {args.response_length}")  # fmt: skip
     common.end_processes()

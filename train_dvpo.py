@@ -23,8 +23,6 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import DynamicCache, StaticCache, get_linear_schedule_with_warmup
 from transformers.cache_utils import StaticLayer
@@ -61,6 +59,8 @@ class Args:
     """sequences per forward and backward (per rank); lower it when out of memory, results stay the same"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
+    lora_rank: int = 0
+    """of LoRA: train low-rank pairs beside the layers, at a higher learning rate; 0 trains all weights"""
 
     # Rollout
     max_prompt_length: int = 512
@@ -280,12 +280,6 @@ def add_methods(model, *functions):
     return model
 
 
-def full_state_dict(model, dtype: torch.dtype) -> dict:
-    """The whole model on rank 0's CPU in `dtype`, empty on other ranks; every rank must call."""
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-
-
 # ---- Rollout ---------------------------------------------------------------------------------------------------------
 @torch.no_grad()  # not inference_mode: the next training step would raise
 def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, temperature: float):
@@ -398,10 +392,7 @@ def main(args: Args) -> None:
     share = args.num_minibatches * world_size
     common.check(args.rollout_batch_size % share == 0,
                  f"--rollout-batch-size must be a multiple of {share}, --num-minibatches x processes")  # fmt: skip
-    common.check(world_size % args.dp_replicate == 0, f"{world_size} processes must be a multiple of --dp-replicate")
-    mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
-                            mesh_dim_names=("replicate", "shard"))  # fmt: skip
-    mesh = mesh if args.dp_replicate > 1 else mesh["shard"]
+    mesh = common.device_mesh(device, args.dp_replicate)
     if run.finished:
         return common.end_processes()
 
@@ -416,13 +407,17 @@ def main(args: Args) -> None:
     common.log(f"{len(all_prompts)} different prompts, the first: {tokenizer.decode(all_prompts[0])!r}")
 
     # ---- 3 Models: one trained, two frozen ---------------------------------------------------------------------------
-    policy = common.load_policy(args.model_path, tokenizer, torch.float32).train()
+    trained_dtype = dtype if args.lora_rank else torch.float32
+    policy = common.load_policy(args.model_path, tokenizer, trained_dtype).train()
+    common.add_lora(policy, args.lora_rank, args.seed)
     end_ids = torch.tensor(policy.generation_config.eos_token_id, device=device)  # (E,)
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     policy = add_methods(shard(policy, mesh, dtype), token_logprobs, generate)
-    reference = common.load_policy(args.model_path, tokenizer, dtype).eval().requires_grad_(False)
-    reference = add_methods(shard(reference, mesh, dtype), token_logprobs)
+    reference = policy  # without its pairs
+    if not args.lora_rank:
+        reference = common.load_policy(args.model_path, tokenizer, dtype).eval().requires_grad_(False)
+        reference = add_methods(shard(reference, mesh, dtype), token_logprobs)
     gvm = common.load_value_model(args.gvm_path, tokenizer, dtype, fresh_head=False).eval().requires_grad_(False)
     gvm = add_methods(shard(gvm, mesh, dtype), token_values)
     num_trajectories = getattr(gvm.config, "num_context_trajectories", 0)  # the GVM says how it was trained
@@ -484,7 +479,8 @@ def main(args: Args) -> None:
                 batch = crop(input_ids[micro], attention_mask[micro], response_mask[micro])
                 r = batch[2].shape[1]  # at most R
                 logprobs[micro, :r], _ = policy.token_logprobs(*batch, args.temperature)
-                ref_logprobs[micro, :r], _ = reference.token_logprobs(*batch, args.temperature)
+                with common.lora_off(reference):
+                    ref_logprobs[micro, :r], _ = reference.token_logprobs(*batch, args.temperature)
                 batch = crop(gvm_ids[micro], gvm_mask[micro], response_mask[micro])
                 gvm_values[micro, : r + 1] = gvm.token_values(*batch)
         scored = torch.cat([logprobs, ref_logprobs, gvm_values], 1)[mine]  # (B / world_size, 3 R + 1)
@@ -588,7 +584,7 @@ def main(args: Args) -> None:
         run.checkpoint(update)
 
     # ---- 8 Save ------------------------------------------------------------------------------------------------------
-    run.save(policy, full_state_dict(policy, dtype), tokenizer, "Policy trained by DVPO")
+    run.save(policy, dtype, tokenizer, "Policy trained by DVPO")
     common.log(f"next: python evaluate.py sft={args.model_path} dvpo={args.output_dir} --reference-path "
                f"{args.model_path} --gvm-path {args.gvm_path} --dataset {args.dataset} --response-length "
                f"{args.response_length}")  # fmt: skip

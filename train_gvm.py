@@ -24,8 +24,6 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import get_linear_schedule_with_warmup
 
@@ -60,6 +58,8 @@ class Args:
     """sequences per forward and backward (per rank); lower it when out of memory, results stay the same"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
+    lora_rank: int = 0
+    """of LoRA: train low-rank pairs beside the layers, at a higher learning rate; 0 trains all weights"""
     max_prompt_length: int = 512
     """tokens, without context; examples with longer prompts are dropped"""
     response_length: int | None = None
@@ -152,13 +152,6 @@ def add_methods(model, *functions):
     return model
 
 
-# Copied from train_dvpo.full_state_dict
-def full_state_dict(model, dtype: torch.dtype) -> dict:
-    """The whole model on rank 0's CPU in `dtype`, empty on other ranks; every rank must call."""
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-
-
 # ---- Answers, their labels and their context -------------------------------------------------------------------------
 @dataclass
 class Answer:
@@ -234,10 +227,7 @@ def main(args: Args) -> None:
     dtype = common.compute_dtype(args.dtype, device)
     args = common.settle(args, args.model_path, learning_rate=2e-4, response_length=20)
     run = common.Run(args, __file__)
-    common.check(world_size % args.dp_replicate == 0, f"{world_size} processes must be a multiple of --dp-replicate")
-    mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
-                            mesh_dim_names=("replicate", "shard"))  # fmt: skip
-    mesh = mesh if args.dp_replicate > 1 else mesh["shard"]
+    mesh = common.device_mesh(device, args.dp_replicate)
     if run.finished:
         return common.end_processes()
 
@@ -269,7 +259,9 @@ def main(args: Args) -> None:
     common.log(f"  answer: {tokenizer.decode(train_set[0].response_ids)!r}")
 
     # ---- 3 Model -----------------------------------------------------------------------------------------------------
-    gvm = common.load_value_model(args.model_path, tokenizer, torch.float32, fresh_head=True)
+    trained_dtype = dtype if args.lora_rank else torch.float32
+    gvm = common.load_value_model(args.model_path, tokenizer, trained_dtype, fresh_head=True)
+    common.add_lora(gvm, args.lora_rank, args.seed)
     gvm.config.num_context_trajectories = args.num_context_trajectories  # train_dvpo.py conditions it likewise
     gvm.config.context_trajectory_length = args.context_trajectory_length
     if args.gradient_checkpointing:
@@ -284,7 +276,8 @@ def main(args: Args) -> None:
               + args.num_context_trajectories * args.context_trajectory_length,
               max(len(answer.response_ids) for answer in train_set))  # fmt: skip
     common.check_positions(args.model_path, gvm, sum(widest))
-    done, _ = run.start([(gvm, optimizer, scheduler)], num_updates, common.fingerprint(train_set))
+    frozen = [args.model_path] * (args.lora_rank > 0)
+    done, _ = run.start([(gvm, optimizer, scheduler)], num_updates, common.fingerprint(train_set, *frozen))
     for update in range(done + 1, num_updates + 1):
         start = common.clock(device)
         # ---- 4 Update ------------------------------------------------------------------------------------------------
@@ -340,7 +333,7 @@ def main(args: Args) -> None:
         run.checkpoint(update)
 
     # ---- 6 Save ------------------------------------------------------------------------------------------------------
-    run.save(gvm, full_state_dict(gvm, dtype), tokenizer, "Global value model (GVM)")
+    run.save(gvm, dtype, tokenizer, "Global value model (GVM)")
     if done < num_updates and "gvm/pair_accuracy" in metrics:
         common.log(f"ranks {metrics['gvm/pair_accuracy']:.0%} of {len(heldout_set) // 2} held-out pairs correctly; "
                    f"with half of the answer seen {metrics['gvm/pair_accuracy_half']:.0%}")  # fmt: skip

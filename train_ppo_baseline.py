@@ -29,8 +29,6 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import DynamicCache, StaticCache, get_linear_schedule_with_warmup
 from transformers.cache_utils import StaticLayer
@@ -85,6 +83,8 @@ class Args:
     """sequences per forward and backward (per rank); lower it when out of memory, results stay the same"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
+    lora_rank: int = 0
+    """of LoRA: train low-rank pairs beside the layers, at a higher learning rate; 0 trains all weights"""
 
     # Rollout
     max_prompt_length: int = 512
@@ -304,13 +304,6 @@ def add_methods(model, *functions):
     return model
 
 
-# Copied from train_dvpo.full_state_dict
-def full_state_dict(model, dtype: torch.dtype) -> dict:
-    """The whole model on rank 0's CPU in `dtype`, empty on other ranks; every rank must call."""
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-
-
 # ---- Rollout ---------------------------------------------------------------------------------------------------------
 # Copied from train_dvpo.generate
 @torch.no_grad()  # not inference_mode: the next training step would raise
@@ -452,7 +445,9 @@ def train_reward_model(args: Args, tokenizer, mesh, dtype: torch.dtype, device) 
     train_set = tokenize_pairs(tokenizer, examples, args)
     heldout_set = tokenize_pairs(tokenizer, heldout, args, heldout=True)
     common.log(f"reward model: {len(train_set) // 2} pairs, {len(heldout_set) // 2} held out")
-    rm = common.load_value_model(args.model_path, tokenizer, torch.float32, fresh_head=True)
+    trained_dtype = dtype if args.lora_rank else torch.float32
+    rm = common.load_value_model(args.model_path, tokenizer, trained_dtype, fresh_head=True)
+    common.add_lora(rm, args.lora_rank, args.seed)
     if args.gradient_checkpointing:
         rm.gradient_checkpointing_enable({"use_reentrant": False})
     rm = add_methods(shard(rm.train(), mesh, dtype), token_values)
@@ -463,7 +458,8 @@ def train_reward_model(args: Args, tokenizer, mesh, dtype: torch.dtype, device) 
 
     widest = max(len(prompt) for prompt, _ in train_set), max(len(response) for _, response in train_set)
     common.check_positions(args.model_path, rm, sum(widest))
-    done, _ = run.start([(rm, optimizer, scheduler)], num_updates, common.fingerprint(train_set))
+    frozen = [args.model_path] * (args.lora_rank > 0)
+    done, _ = run.start([(rm, optimizer, scheduler)], num_updates, common.fingerprint(train_set, *frozen))
     num_pairs = args.reward_batch_size // 2
     for update in range(done + 1, num_updates + 1):
         start = common.clock(device)
@@ -497,7 +493,7 @@ def train_reward_model(args: Args, tokenizer, mesh, dtype: torch.dtype, device) 
             metrics["rm/pair_accuracy"] = pair_accuracy(rm, heldout_set, tokenizer.pad_token_id, device, args)
         run.log(update, metrics, ("rm/loss", "rm/pair_accuracy", "optim/lr"))
         run.checkpoint(update)
-    run.save(rm, full_state_dict(rm, dtype), tokenizer, "Reward model (Bradley-Terry)")
+    run.save(rm, dtype, tokenizer, "Reward model (Bradley-Terry)")
 
 
 def main(args: Args) -> None:
@@ -511,7 +507,6 @@ def main(args: Args) -> None:
     share = args.num_minibatches * world_size
     common.check(args.rollout_batch_size % share == 0,
                  f"--rollout-batch-size must be a multiple of {share}, --num-minibatches x processes")  # fmt: skip
-    common.check(world_size % args.dp_replicate == 0, f"{world_size} processes must be a multiple of --dp-replicate")
     output, by_rm = Path(args.output_dir), args.reward_source == "rm"
     beside = output.with_name(output.name.replace("ppo", "rm") if "ppo" in output.name else output.name + "_rm")
     reward_path = (args.reward_output_dir or str(beside)) if args.reward_path is None else args.reward_path
@@ -519,9 +514,7 @@ def main(args: Args) -> None:
     made = (Path(reward_path) / "README.md").exists() and by_rm and args.reward_path is None and not args.resume
     common.check(not made, f"{reward_path} holds a reward model: if {args.dataset} trained it, use it by --reward-path "
                  f"{reward_path}, else choose another --reward-output-dir")  # fmt: skip
-    mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
-                            mesh_dim_names=("replicate", "shard"))  # fmt: skip
-    mesh = mesh if args.dp_replicate > 1 else mesh["shard"]
+    mesh = common.device_mesh(device, args.dp_replicate)
     if run.finished:
         return common.end_processes()
 
@@ -540,20 +533,25 @@ def main(args: Args) -> None:
     if by_rm and args.reward_path is None:
         train_reward_model(replace(args, output_dir=reward_path), tokenizer, mesh, dtype, device)
         gc.collect()  # the model and its methods refer to each other: without it, its memory would stay taken
-    policy = common.load_policy(args.model_path, tokenizer, torch.float32).train()
+    trained_dtype = dtype if args.lora_rank else torch.float32
+    policy = common.load_policy(args.model_path, tokenizer, trained_dtype).train()
+    common.add_lora(policy, args.lora_rank, args.seed)
     end_ids = torch.tensor(policy.generation_config.eos_token_id, device=device)  # (E,)
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     policy = add_methods(shard(policy, mesh, dtype), token_logprobs, generate)
-    reference = common.load_policy(args.model_path, tokenizer, dtype).eval().requires_grad_(False)
-    reference = add_methods(shard(reference, mesh, dtype), token_logprobs)
+    reference = policy  # without its pairs
+    if not args.lora_rank:
+        reference = common.load_policy(args.model_path, tokenizer, dtype).eval().requires_grad_(False)
+        reference = add_methods(shard(reference, mesh, dtype), token_logprobs)
     if by_rm:
         common.check_same_tokenizer(args.model_path, tokenizer, reward_path)
         rm = common.load_value_model(reward_path, tokenizer, dtype, fresh_head=False)
         rm = add_methods(shard(rm.eval().requires_grad_(False), mesh, dtype), token_values)
         common.check_positions(reward_path, rm, max(map(len, all_prompts)) + args.response_length)
     critic_path = args.critic_path or (reward_path if by_rm else args.model_path)
-    critic = common.load_value_model(critic_path, tokenizer, torch.float32, fresh_head=not by_rm).train()
+    critic = common.load_value_model(critic_path, tokenizer, trained_dtype, fresh_head=not by_rm).train()
+    common.add_lora(critic, args.lora_rank, args.seed)
     if args.gradient_checkpointing:
         critic.gradient_checkpointing_enable({"use_reentrant": False})
     critic = add_methods(shard(critic, mesh, dtype), token_values)
@@ -565,7 +563,8 @@ def main(args: Args) -> None:
     critic_scheduler = get_linear_schedule_with_warmup(critic_optimizer, 0, args.num_updates)
 
     trained = [(policy, optimizer, scheduler), (critic, critic_optimizer, critic_scheduler)]
-    data = common.fingerprint(all_prompts, args.model_path, *[reward_path] * by_rm)
+    frozen = args.model_path, *[reward_path] * by_rm, *[critic_path] * (args.lora_rank > 0)
+    data = common.fingerprint(all_prompts, *frozen)
     done, carried = run.start(trained, args.num_updates, data, kl_coef=args.kl_coef, usual_surprise=None)
     B, longest_prompt = args.rollout_batch_size, max(map(len, all_prompts))
     for path, model in ((args.model_path, policy), (critic_path, critic)):
@@ -607,7 +606,8 @@ def main(args: Args) -> None:
                 batch = crop(input_ids[micro], attention_mask[micro], response_mask[micro])
                 r = batch[2].shape[1]  # at most R
                 logprobs[micro, :r], _ = policy.token_logprobs(*batch, args.temperature)
-                ref_logprobs[micro, :r], _ = reference.token_logprobs(*batch, args.temperature)
+                with common.lora_off(reference):
+                    ref_logprobs[micro, :r], _ = reference.token_logprobs(*batch, args.temperature)
                 values[micro, : r + 1] = critic.token_values(*batch)
                 if by_rm:
                     scores[micro, 0] = common.last_values(rm.token_values(*batch), batch[2])
@@ -728,7 +728,7 @@ def main(args: Args) -> None:
         run.checkpoint(update)
 
     # ---- 8 Save ------------------------------------------------------------------------------------------------------
-    run.save(policy, full_state_dict(policy, dtype), tokenizer, "Policy trained by PPO (baseline of DVPO)")
+    run.save(policy, dtype, tokenizer, "Policy trained by PPO (baseline of DVPO)")
     common.log(f"next: python evaluate.py sft={args.model_path} ppo={args.output_dir} --reference-path "
                f"{args.model_path} --gvm-path None --dataset {args.dataset} --response-length "
                f"{args.response_length}")  # fmt: skip

@@ -456,8 +456,9 @@ def test_a_damaged_log_is_refused(damage, stopped):
 
 
 def test_a_model_that_is_not_finite_is_not_saved(settings, tmp_path, monkeypatch):
-    full = sft.full_state_dict
-    monkeypatch.setattr(sft, "full_state_dict", lambda *args: {k: v * torch.nan for k, v in full(*args).items()})
+    whole = common.dcp_state.get_model_state_dict
+    spoilt = lambda *args, **more: {name: tensor * torch.nan for name, tensor in whole(*args, **more).items()}
+    monkeypatch.setattr(common.dcp_state, "get_model_state_dict", spoilt)
     with pytest.raises(common.UserError, match="not saved, as .* is not finite"):
         train("sft", settings("sft", tmp_path / "run"))
     assert not (tmp_path / "run" / "model.safetensors").exists()
