@@ -228,7 +228,7 @@ def test_policy_and_reward_model_in_one_folder(fails, tiny_model, tmp_path):
      {"learning_rate": -1e-3}, {"learning_rate": float("inf")}, {"gamma": -1.5}, {"gae_lambda": -0.1},
      {"clip_coef": -0.1}, {"kl_coef": -1.0}, {"kl_target": -1.0}, {"max_grad_norm": -1.0}, {"max_kl": float("nan")},
      {"seed": -1}, {"seed": 2**63}, {"max_prompt_length": 0}, {"rollout_micro_batch_size": 0}, {"checkpoint_every": 0},
-     {"num_epochs": 0}],
+     {"num_epochs": 0}, {"lora_rank": -1}],
     ids=str,
 )  # fmt: skip
 def test_impossible_settings(setting, fails, tiny_model, tiny_gvm):
@@ -249,6 +249,13 @@ def test_impossible_settings(setting, fails, tiny_model, tiny_gvm):
 )  # fmt: skip
 def test_impossible_settings_of_other_scripts(module, setting, fails, tiny_model):
     fails(module, "must be (a multiple of|at least [01])", model_path=tiny_model, **setting)
+
+
+def test_pairs_without_a_place(fails, tiny_gpt2, tiny_gvm):
+    """GPT-2's layers are of a kind of their own; nothing is learned beside layers that nothing was learned by."""
+    message = "--lora-rank: gpt2's decoder layers hold no nn.Linear: leave it at 0"
+    fails(train_dvpo, message, model_path=tiny_gpt2, gvm_path=tiny_gvm, lora_rank=4)
+    fails(sft, "--lora-rank: .*lists.py is untrained: leave it at 0", lora_rank=4)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -17,6 +18,8 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT, load_weights, read_metrics, run_script, task_examples, torchrun
 from safetensors.torch import save_file
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import common
 import sft
@@ -161,6 +164,41 @@ def test_ppo_goes_on_in_the_stage_it_was_in(method, at, after, whole, settings, 
     train("train_ppo_baseline", flags, resume=True)
     assert_identical(whole("train_ppo_baseline"), tmp_path / "run")
     assert_identical(f"{whole('train_ppo_baseline')}_rm", tmp_path / "run_rm")
+
+
+@pytest.mark.parametrize("script", MODULES)
+def test_pairs_alone_are_saved_and_go_on_bit_identical(script, settings, tmp_path, monkeypatch):
+    """With LoRA a checkpoint holds what is trained: pairs, value heads and their optimizers' states."""
+    pairs = {"lora_rank": 4, "learning_rate": 0.01}
+    train(script, settings(script, tmp_path / "whole", **pairs))
+    flags = settings(script, tmp_path / "run", **pairs)
+    for method, at in [("checkpoint", 3)] + [("log", 10)] * (script == "train_ppo_baseline"):  # its RM first
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            interrupt(patch, method, at, after=True)
+            train(script, flags, resume=True)
+    train(script, flags, resume=True)
+    for stage in ("", "_rm")[: 1 + (script == "train_ppo_baseline")]:
+        assert_identical(f"{tmp_path}/whole{stage}", f"{tmp_path}/run{stage}")
+        reader = FileSystemReader(f"{tmp_path}/run{stage}/checkpoints/step_000008")
+        saved = reader.read_metadata().state_dict_metadata.items()
+        tensors = [name for name, entry in saved if isinstance(entry, TensorStorageMetadata)]
+        assert tensors and all(re.search(r"lora_[ab]|score.weight", name) for name in tensors)
+
+
+@pytest.mark.parametrize("script", ["sft", "train_gvm", "train_ppo_baseline"])
+def test_pairs_beside_other_weights_are_refused(script, settings, tiny_model, tiny_gvm, tmp_path, monkeypatch):
+    """The checkpoint does not hold what the pairs were trained beside: PPO's critic starts from another model here."""
+    own = {"critic_path": str(tmp_path / "model"), "reward_path": tiny_gvm}
+    own = own if script == "train_ppo_baseline" else {"model_path": str(tmp_path / "model")}
+    shutil.copytree(tiny_gvm if "critic_path" in own else tiny_model, tmp_path / "model")
+    flags = settings(script, tmp_path / "run", lora_rank=4, **own)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt(patch, "checkpoint", 3, after=True)
+        train(script, flags)
+    weights = load_weights(tmp_path / "model")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(common.UserError, match="or a frozen model has changed since"):
+        train(script, flags, resume=True)
 
 
 def test_a_run_interrupted_again_and_again(whole, settings, tmp_path, monkeypatch):

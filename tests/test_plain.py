@@ -150,6 +150,63 @@ def test_policy_updates(method, tiny_model, tiny_gvm, tmp_path):
     assert_moved_alike(args.output_dir, policy, reference)
 
 
+# ---- LoRA ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pairs_switched_off_and_merged(dtype, tiny_model, tmp_path, processes):
+    """New pairs change nothing and pairs switched off are the model as it was, both exactly; merged ones are saved."""
+    tokenizer, mesh = common.load_tokenizer(tiny_model), common.device_mesh(torch.device("cpu"), 1)
+    prepare = lambda model: train_dvpo.add_methods(train_dvpo.shard(model, mesh, dtype), train_dvpo.token_logprobs)
+    rows = [([2, 5, 3], [7, 9, 1]), ([4], [8, 6, 5, 1])]
+    batch = common.pad_batch(*zip(*rows), 0, "cpu")
+    policy = common.load_policy(tiny_model, tokenizer, dtype)
+    common.add_lora(policy, 4, seed=1)
+    policy = prepare(policy)
+    with torch.no_grad():
+        logprobs = lambda model: model.token_logprobs(**batch, temperature=1.0)[0]
+        start = logprobs(prepare(common.load_policy(tiny_model, tokenizer, dtype)))
+        assert torch.equal(logprobs(policy), start)
+        torch.manual_seed(0)
+        for name, parameter in policy.named_parameters():
+            assert parameter.requires_grad == ("lora_" in name)
+            assert parameter.dtype == (torch.float32 if "lora_" in name else dtype)
+            if "lora_b" in name:
+                parameter.normal_(std=0.02)
+        moved = logprobs(policy)
+        with common.lora_off(policy):
+            assert torch.equal(logprobs(policy), start)
+        assert torch.equal(logprobs(policy), moved) and (moved - start).abs().max() > 0.1
+        run = common.Run(sft.Args(output_dir=str(tmp_path / "out")), sft.__file__)
+        (tmp_path / "out").mkdir()
+        run.save(policy, dtype, tokenizer, "merged")
+        merged = logprobs(prepare(common.load_policy(str(tmp_path / "out"), tokenizer, dtype)))
+    torch.testing.assert_close(merged, moved, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
+
+
+def test_pairs_of_full_rank_learn_what_full_training_does(tiny_model, pairs, tmp_path):
+    """The first update has full training's loss. With A = 1, the gradient of B is that of the weight beside it."""
+    losses = []
+    for rank in (0, 64):
+        args = sft.Args(tiny_model, pairs, str(tmp_path / str(rank)), num_epochs=1, batch_size=8, lora_rank=rank)
+        sft.main(args)
+        losses.append([row["loss/sft"] for row in read_metrics(args.output_dir)])
+    assert losses[0][0] == losses[1][0] and losses[0][-1] != losses[1][-1]
+
+    tokenizer = common.load_tokenizer(tiny_model)
+    full, beside = (common.load_policy(tiny_model, tokenizer, torch.float32) for _ in range(2))
+    common.add_lora(beside, 64, seed=1)  # as wide as its widest layer
+    for module in beside.modules():
+        if hasattr(module, "lora_a"):
+            torch.nn.init.eye_(module.lora_a).data.mul_(64 / common.LORA_ALPHA)
+    for model in (full, beside):
+        logprobs_of(model, [2, 5, 3], [7, 9, 1]).sum().backward()
+    found = dict(beside.named_parameters())
+    for name, parameter in full.named_parameters():
+        if "proj" in name:
+            pair = found[name.replace("weight", "lora_b")]
+            torch.testing.assert_close(pair.grad[:, : parameter.shape[1]], parameter.grad, rtol=1e-4, atol=1e-6)
+        assert found[name].grad is None
+
+
 # ---- What is trained on given answers --------------------------------------------------------------------------------
 @pytest.fixture
 def pairs(tmp_path) -> str:

@@ -361,6 +361,9 @@ def test_the_report_of_a_chain(chain, tmp_path):
         ("four micro-batches", {"flags": ["--micro-batch-size", 4]}),
         ("two replicas, small micro-batches, recomputed activations",
          {"ranks": 2, "flags": ["--dp-replicate", 2, "--micro-batch-size", 2, "--gradient-checkpointing"]}),
+        ("two ranks train pairs, small micro-batches, recomputed activations",
+         {"ranks": 2, "flags": ["--micro-batch-size", 2, "--gradient-checkpointing"],
+          "both": ["--lora-rank", 4, "--learning-rate", 0.01]}),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("script", ["sft", "train_gvm", "train_dvpo", "train_ppo_baseline"])
@@ -388,13 +391,15 @@ def test_ranks_and_micro_batches_do_not_change_a_run(
         ["--output-dir", tmp_path / name]
         + (["--reward-output-dir", tmp_path / f"{name}_rm"] if script == "train_ppo_baseline" else [])
     )
-    if script not in same_run_cache:
-        same_run_cache[script] = tmp_path / "one"
+    flags += extra.get("both", [])
+    one = script, str(extra.get("both"))
+    if one not in same_run_cache:
+        same_run_cache[one] = tmp_path / "one"
         result = run_script(f"{script}.py", *flags, *out("one"))
         assert result.returncode == 0, result.stderr[-3000:]
     result = run_script(f"{script}.py", *flags, *extra.get("flags", []), *out("other"), ranks=extra.get("ranks", 1))
     assert result.returncode == 0, result.stderr[-3000:]
-    assert_same_run(same_run_cache[script], tmp_path / "other", keys)
+    assert_same_run(same_run_cache[one], tmp_path / "other", keys)
 
 
 @pytest.mark.parametrize("extra", [{"ranks": 2}, {"flags": ["--micro-batch-size", 3]}])
@@ -595,6 +600,34 @@ def test_the_gvm_approaches_the_exact_value_function(td_lambda, tiny_model, tmp_
         for t in range(3):
             assert row[t].item() == pytest.approx(exact[words[:t]], abs=0.15), (words[:t], td_lambda)
         assert row[3].item() == pytest.approx(worth[words], abs=0.15)  # the end of the answer
+
+
+# ---- LoRA ------------------------------------------------------------------------------------------------------------
+def test_pairs_go_through_all_stages(tiny_model, some_pairs, tmp_path):
+    """Every folder holds a standard, merged model that moved beside the decoder's layers alone; the next stage, and
+    evaluate.py, take it. In the first update the policy is the reference exactly: its pairs change nothing yet."""
+    at = lambda name: str(tmp_path / name)
+    same = {"dataset": some_pairs, "lora_rank": 4, "learning_rate": 0.01}
+    sft.main(sft.Args(tiny_model, output_dir=at("sft"), num_epochs=1, batch_size=16, **same))
+    train_gvm.main(train_gvm.Args(at("sft"), output_dir=at("gvm"), num_epochs=1, batch_size=16, **same))
+    same |= {"num_updates": 2, "rollout_batch_size": 8}
+    train_dvpo.main(train_dvpo.Args(at("sft"), at("gvm"), output_dir=at("dvpo"), **same))
+    train_ppo_baseline.main(train_ppo_baseline.Args(at("sft"), output_dir=at("ppo"), reward_batch_size=16, **same))
+    for name, start in (("sft", tiny_model), ("gvm", at("sft")), ("rm", at("sft")), ("dvpo", at("sft")),
+                        ("ppo", at("sft"))):  # fmt: skip
+        before, after = load_weights(start), load_weights(at(name))
+        auto = AutoModelForSequenceClassification if name in ("gvm", "rm") else AutoModelForCausalLM
+        _, info = auto.from_pretrained(at(name), output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        moved = {key for key in after if key not in before or not torch.equal(before[key], after[key])}
+        expected = {key for key in after if key.endswith("proj.weight") or key == "score.weight"}
+        assert moved == expected, name
+        if name in ("dvpo", "ppo"):
+            first, second = read_metrics(at(name))
+            assert first["objective/kl"] == 0 and second["objective/kl"] != 0
+    evaluate.main(evaluate.Args((f"sft={at('sft')}", f"dvpo={at('dvpo')}"), at("sft"), at("gvm"),
+                                output_dir=at("eval"), num_prompts=4))  # fmt: skip
+    assert json.loads((tmp_path / "eval" / "results.json").read_text())["policies"]["dvpo"]["kl"] > 0
 
 
 # ---- What is saved is what was loaded --------------------------------------------------------------------------------
