@@ -20,6 +20,7 @@ import sys
 import time
 import traceback
 import types
+import zlib
 from array import array
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -60,10 +61,7 @@ def user_errors(kinds, message: str):
 def parse(args_class):
     """The command line as an `args_class`; of a machine's processes only the first prints help or errors."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `Run.start`, Ctrl-C just ends it
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends in silence
-    args = tyro.cli(args_class, console_outputs=os.environ.get("LOCAL_RANK", "0") == "0")
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    return args
+    return tyro.cli(args_class, console_outputs=os.environ.get("LOCAL_RANK", "0") == "0")
 
 
 @contextlib.contextmanager
@@ -78,8 +76,9 @@ def one_line_errors():
             line = text
         elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in text:
             line = "out of memory: lower --micro-batch-size, --rollout-micro-batch-size or a length, or add processes"
-        elif isinstance(error, dcp.CheckpointException) or re.search(r"\b(Errno|os error) (27|28|122)\b", text):
-            line = "an output file cannot be written: make room, then run it again with --resume"
+        elif isinstance(error, (OSError, dcp.CheckpointException)) or "os error" in text:
+            cause = text.strip().rpartition("\n")[2]  # a checkpoint's error is a traceback
+            line = f"a file cannot be written ({cause}): make room or mend it, then run it again with --resume"
         elif isinstance(error, dist.DistError) or "/gloo/" in text:
             line = f"lost another process, killed perhaps or out of memory ({text.splitlines()[0]})"
         try:
@@ -281,10 +280,8 @@ def split_answer(prompt: list[dict] | None, answer) -> tuple[list[dict], str]:
 
 def to_score(value) -> float | None:
     """A finite number (ratings often come as strings), or None."""
-    try:
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         return float(value) if math.isfinite(float(value)) else None
-    except (TypeError, ValueError, OverflowError):
-        return None
 
 
 ROLES = {"human": "user", "Human": "user", "gpt": "assistant", "Assistant": "assistant"}  # ShareGPT's, HH-RLHF's
@@ -297,7 +294,6 @@ ALIASES = {
 }  # fmt: skip
 COLUMNS = ("prompt", "chosen", "rejected", "response", "score", "score_chosen", "score_rejected", "policy",
            "chosen_policy", "rejected_policy", "subset", "system", "input", "context", "history", "tools")  # fmt: skip
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # by a file's ending
 # What a dataset can be, and the columns it needs; the first that fits.
 FORMATS = {"preference pairs": ("chosen", "rejected"), "answers": ("response",), "prompts": ("prompt",)}
 
@@ -334,19 +330,24 @@ def from_row(row: dict, kind: str, needs: str) -> Example:
 
 
 def read_rows(dataset: str, splits: tuple[str, ...]):
-    """The rows of `NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`: a hub dataset, a folder, or a file (`READERS`)."""
+    """The rows of `NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`: a hub dataset, a folder, or a file."""
     path, *config = dataset.split(":")
     split, file = config.pop() if config else "", Path(path).expanduser()
-    kind = READERS.get(Path(file.name.removesuffix(".gz")).suffix)
-    check(kind or not file.is_file(), f"--dataset {path}: expected {', '.join(READERS)} (or .gz), or a task's .py")
-    check(file.exists() or not (kind or path.startswith((".", "/", "~"))), f"--dataset {path}: no such file or folder")
+    check(file.exists() or not path.startswith((".", "/", "~")), f"--dataset {path}: no such file or folder")
     import datasets  # takes a second to import, and a task needs none of it
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said below, once
     with user_errors(Exception, f"--dataset {path}: neither readable here nor on the hub"):
-        if file.is_file():
-            data = datasets.load_dataset(kind, data_files=str(file))
+        if file.is_file():  # read for what it holds, whatever its name
+            with open(file, "rb") as stream:
+                head = stream.read(100_000)
+            if head.startswith(b"\x1f\x8b"):  # gzip
+                head = zlib.decompressobj(wbits=31).decompress(head)
+            text = head.decode("utf-8-sig", errors="replace").lstrip()
+            kind = "parquet" if text.startswith("PAR1") else "json" if text[:1] in ("[", "{") else "csv"
+            more = {"sep": max(",;\t", key=text.partition("\n")[0].count)} if kind == "csv" else {}
+            data = datasets.load_dataset(kind, data_files=str(file), **more)
         elif (file / "dataset_dict.json").exists() or (file / "state.json").exists():
             data = datasets.load_from_disk(str(file))
         else:
@@ -480,13 +481,12 @@ def tokenize_answers(tokenizer, answers: list[str], max_length: int) -> list[arr
     """Token ids of answers without control tokens, each with its end-of-turn token, cut to `max_length`."""
     lead, end, controls = chat_marks(tokenizer)
     skip, tokens = len(tokenizer(lead, add_special_tokens=False).input_ids), []
-    unknown, cut = "have parts unknown to the tokenizer", f"cut to --response-length {max_length} tokens"
-    spoilt, counts = f"had control tokens such as {tokenizer.decode([end])!r} in their text", Counter()
+    cut, counts = f"cut to --response-length {max_length} tokens", Counter()
+    spoilt = f"had control tokens such as {tokenizer.decode([end])!r} in their text"
     for start in range(0, len(answers), 1000):  # all at once would take 168 bytes a token; an array takes 4
         part = [lead + answer for answer in answers[start : start + 1000]]
         for ids in tokenizer(part, add_special_tokens=False).input_ids:
             kept = [i for i in ids[skip:] if i not in controls] + [end]
-            counts[unknown] += tokenizer.unk_token_id in ids
             counts[spoilt] += skip + len(kept) <= len(ids)
             counts[cut] += len(kept) > max_length
             tokens.append(array("i", kept[:max_length]))
@@ -723,6 +723,7 @@ class Run:
         self.args, self.script, self.folder = args, Path(script), Path(args.output_dir).expanduser()
         self.started, self.printed, self.signal, self.writes = time.time(), 0.0, 0, dist.get_rank() == 0
         self.finished, self.source, self.done = False, None, 0
+        check(str(self.folder).isprintable(), f"--output-dir {self.folder}: has a character that cannot be saved to")
         with user_errors(OSError, f"--output-dir {self.folder}: cannot be read or written"):
             if self.folder.exists() and any(self.folder.iterdir()):
                 self.look()
@@ -733,8 +734,7 @@ class Run:
         ours = (self.folder / ".dvpo-run").exists()
         check(ours, f"--output-dir {self.folder} holds other files than a run's: choose another")
         self.finished = (self.folder / "README.md").exists()
-        kind = "a finished run" if self.finished else "an unfinished run"
-        check(self.args.resume, f"--output-dir {self.folder} holds {kind}: --resume or remove it, or choose another")
+        check(self.args.resume, f"--output-dir {self.folder} holds a run: --resume or remove it, or choose another")
         file = self.folder / "args.json"
         with user_errors((OSError, ValueError, TypeError), f"{file}: cannot be read, so the run cannot go on"):
             before, now = dict(json.loads(file.read_text())), json.loads(json.dumps(asdict(self.args)))
