@@ -11,7 +11,6 @@ import math
 import os
 import random
 import re
-import resource
 import runpy
 import shlex
 import shutil
@@ -60,7 +59,6 @@ def user_errors(kinds, message: str):
 
 def parse(args_class):
     """The command line as an `args_class`; of a machine's processes only the first prints help or errors."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `Run.start`, Ctrl-C just ends it
     return tyro.cli(args_class, console_outputs=os.environ.get("LOCAL_RANK", "0") == "0")
 
 
@@ -77,8 +75,7 @@ def one_line_errors():
         elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in text:
             line = "out of memory: lower --micro-batch-size, --rollout-micro-batch-size or a length, or add processes"
         elif isinstance(error, (OSError, dcp.CheckpointException)) or "os error" in text:
-            cause = text.strip().rpartition("\n")[2]  # a checkpoint's error is a traceback
-            line = f"a file cannot be written ({cause}): make room or mend it, then run it again with --resume"
+            line = f"a file cannot be written ({text.splitlines()[-1]}): make room or mend it, then use --resume"
         elif isinstance(error, dist.DistError) or "/gloo/" in text:
             line = f"lost another process, killed perhaps or out of memory ({text.splitlines()[0]})"
         try:
@@ -98,7 +95,6 @@ def init_processes() -> torch.device:
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "cpu:gloo,cuda:nccl"
-        check(device.index < torch.cuda.device_count(), "--nproc_per_node: more processes than GPUs")
         torch.cuda.set_device(device)
         # The first choice on an H100, and under a padding mask its gradients can be NaN (pytorch/pytorch#196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -161,13 +157,6 @@ def clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory so far: what torch has allocated on a GPU, the process's resident set on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 # ---- Return-to-go ----------------------------------------------------------------------------------------------------
@@ -403,8 +392,7 @@ def to_examples(rows, dataset: str, needs: str) -> list[Example]:
     unread = "; not read: " * (len(read) < len(found)) + ", ".join(column for column in found if column not in read)
     log(f"dataset {dataset}: {kind} ({', '.join(read)}{unread}), {len(rows)} rows, {len(examples)} examples")
     reasons = "; ".join(f"{count} x {reason}" for reason, count in dropped.most_common())
-    if dropped:
-        log(f"  dropped {dropped.total()} rows: {reasons}")
+    log(f"  dropped {dropped.total()} rows: {reasons or 'none'}")
     check(examples, f"--dataset {dataset}: no row can be used here: {reasons}")
     return examples
 
@@ -514,8 +502,7 @@ def fit_prompts(tokenizer, examples: list[Example], max_length: int, heldout: bo
         except UserError as error:
             dropped[str(error)] += 1
     reasons = "; ".join(f"{count} x {reason}" for reason, count in dropped.most_common(9))
-    if dropped:
-        log(f"  dropped prompts: {reasons}")
+    log(f"  dropped prompts: {reasons or 'none'}")
     check(kept or heldout, f"no prompt is left: {reasons}")
     return kept, tokens
 
@@ -619,9 +606,8 @@ def load_weights(auto_class, path: str, config, dtype: torch.dtype):
 
 
 def settle(args, path: str, **small):
-    """`args` with the values `small`, tuned on the embedded task, for what is not named; a larger model than that
-    task's, at `path`, gets none of them. Raises `UserError` for a number that is negative, not finite, or a size of 0.
-    """
+    """`args` with the values `small`, tuned on the embedded task, for what is not named; a larger model, at `path`,
+    gets none of them. Raises `UserError` for a number that is negative, not finite, or a size of 0."""
     missing = {name: value for name, value in small.items() if getattr(args, name) is None}
     flags = ", ".join("--" + name.replace("_", "-") for name in missing)
     large = missing and load_task(path) is None and getattr(load_config(path).get_text_config(), "hidden_size", 0) > 256
@@ -682,8 +668,6 @@ def load_policy(path: str, tokenizer, dtype: torch.dtype):
 def load_value_model(path: str, tokenizer, dtype: torch.dtype, fresh_head: bool):
     """A sequence classifier, its bias-free `score` head to be read at every token; `fresh_head`: zero where none is."""
     config, auto_class = load_config(path), transformers.AutoModelForSequenceClassification
-    right = fresh_head or config.num_labels == 1
-    check(right, f"{path}: the head has {config.num_labels} outputs, expected 1; is it a GVM or a reward model?")
     config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id  # by which transformers finds an answer's end
     model, missing, unread = load_weights(auto_class, path, config, dtype)
     head = getattr(model, "score", None)
@@ -703,9 +687,26 @@ def check_same_tokenizer(path: str, tokenizer, other_path: str) -> None:
     check(same, f"{other_path} and {path} have different tokenizers or chat templates: train both from the same model")
 
 
+def dry_run(args, prompts, answers, bytes_each: int) -> None:
+    """What `--dry-run` adds to what is told of the data anyway: token counts, and an estimate of the memory of models
+    as large as that at `--model-path`, which take `bytes_each` per parameter together."""
+    for name, rows in (("prompts", prompts), ("answers", answers)):
+        for bits, count in sorted(Counter(len(row).bit_length() for row in rows).items()):
+            log(f"  {count:>8} {name} of {2**bits // 2} to {2**bits - 1} tokens {'#' * (50 * count // len(rows))}")
+    config = load_task(args.model_path).model()[0] if load_task(args.model_path) else load_config(args.model_path)
+    with torch.device("meta"):  # which holds no weights
+        size = transformers.AutoModelForCausalLM.from_config(config).num_parameters()
+    state, text = bytes_each * size * args.dp_replicate / dist.get_world_size() / 1e9, config.get_text_config()
+    tokens = args.micro_batch_size * (max(map(len, prompts)) + args.response_length)
+    layer = (2 if args.gradient_checkpointing else 34) * tokens * text.hidden_size / 1e9  # arXiv:2205.05198, in 16 bits
+    log(f"memory per process, roughly: {state:.3f} GB of weights, gradients and optimizer states, and of activations "
+        f"{layer * text.num_hidden_layers:.3f} GB")  # fmt: skip
+    end_processes()
+
+
 # ---- Output folders and checkpoints ----------------------------------------------------------------------------------
 # What may differ when a run is resumed: it does not change what is computed.
-FREE_SETTINGS = {"output_dir", "reward_output_dir", "resume", "checkpoint_every", "track", "sample_every", "max_kl",
+FREE_SETTINGS = {"output_dir", "reward_output_dir", "resume", "checkpoint_every", "track", "dry_run", "max_kl",
                  "micro_batch_size", "rollout_micro_batch_size", "gradient_checkpointing", "dp_replicate"}  # fmt: skip
 
 
@@ -715,7 +716,6 @@ class Run:
     Rank 0 writes `args.json`, a copy of the script, `metrics.jsonl` and, at the end, the model; the model card
     `README.md` comes last and tells a finished run. `.dvpo-run` tells the folder from others. `checkpoints/step_N`
     holds sharded weights and optimizers, `state.json` and, written last, `manifest.json`: the SHA-256 of every file.
-    No random generator is saved, as every draw is a function of seed and update.
     """
 
     def __init__(self, args, script: str):
@@ -841,8 +841,8 @@ class Run:
         if self.writes:
             shutil.rmtree(folder, ignore_errors=True)  # one that was damaged
             folder.mkdir()
-            schedulers = [scheduler.state_dict() for _, _, scheduler in self.trained]
-            state = {"carried": vars(self.carried), "data": self.data, "schedulers": schedulers}
+            state = {"carried": vars(self.carried), "data": self.data}
+            state["schedulers"] = [scheduler.state_dict() for _, _, scheduler in self.trained]
             (folder / "state.json").write_text(json.dumps(state))
         dist.barrier()
         dcp.save(self.tensors(), checkpoint_id=folder)  # on rank 0 it returns when all have written

@@ -12,6 +12,7 @@ hold; "peak" what torch had allocated at most (GPU) or the process held (CPU), a
 import gc
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -129,7 +130,7 @@ def measure(method: str, args: Args) -> dict:
         )
         module.main(
             module.Args(
-                dataset=str(prompts), output_dir=folder + "/out", learning_rate=0.0, sample_every=10**9,
+                dataset=str(prompts), output_dir=folder + "/out", learning_rate=0.0,
                 checkpoint_every=10**9,
                 num_updates=args.num_updates, rollout_batch_size=args.rollout_batch_size, num_epochs=args.num_epochs,
                 micro_batch_size=args.micro_batch_size, response_length=args.response_length,
@@ -141,7 +142,8 @@ def measure(method: str, args: Args) -> dict:
     result = {phase: statistics.median(row[f"time/{phase}"] for row in rows) for phase in PHASES}
     lengths = statistics.mean(row["val/response_length"] for row in rows)
     device = torch.cuda.get_device_name() if cuda else "CPU, one core"
-    return {**result, "state_gb": state_bytes / 1e9, "peak_gb": rows[-1]["time/peak_mem_gb"],
+    peak = rows[-1]["time/peak_mem_gb"] if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return {**result, "state_gb": state_bytes / 1e9, "peak_gb": peak,
             "response_length": lengths, "device": device, "dtype": str(common.compute_dtype(args.dtype, torch.device(
                 "cuda" if cuda else "cpu"))).removeprefix("torch."), "torch": torch.__version__,
             "transformers": transformers.__version__}  # fmt: skip

@@ -84,11 +84,7 @@ def ours(num_updates: int) -> list[float]:
     import train_dvpo
 
     with tempfile.TemporaryDirectory() as folder:
-        train_dvpo.main(
-            train_dvpo.Args(
-                num_updates=num_updates, output_dir=folder + "/out", sample_every=10**9, checkpoint_every=10**9
-            )
-        )
+        train_dvpo.main(train_dvpo.Args(num_updates=num_updates, output_dir=folder + "/out", checkpoint_every=10**9))
         lines = [json.loads(line) for line in (Path(folder) / "out" / "metrics.jsonl").read_text().splitlines()]
     return [tuple(line[f"time/{phase}"] for phase in ("rollout", "score", "update", "total")) for line in lines]
 
