@@ -695,6 +695,7 @@ def main(args: Args) -> None:
 
     # ---- 3 Models that judge -----------------------------------------------------------------------------------------
     def frozen(model):
+        common.check_positions(model.name_or_path, model, max(map(len, prompts)) + args.response_length)
         return shard(model.eval().requires_grad_(False), mesh, dtype)
 
     reference = add_methods(frozen(common.load_policy(args.reference_path, tokenizer, dtype)), token_logprobs)
@@ -725,9 +726,7 @@ def main(args: Args) -> None:
         answers = sample(name, policy, reference, gvm, repeated, end_ids, tokenizer.pad_token_id, device, args)
         texts = [tokenizer.decode(answer.response_ids, skip_special_tokens=True) for answer in answers["judged"]]
         row = results["policies"][name] = {"path": path}
-        verdicts = {}
-        if gvm is not None:
-            verdicts["gvm_score"] = by_prompt(answers["scores"])
+        verdicts = {} if gvm is None else {"gvm_score": by_prompt(answers["scores"])}
         if exact_score:
             verdicts["gold"] = by_prompt(torch.tensor(list(map(exact_score, asked, texts))))
         row.update({judge: interval(verdict) for judge, verdict in verdicts.items()})

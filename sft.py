@@ -18,10 +18,12 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import AutoModelForSequenceClassification, get_linear_schedule_with_warmup
 
 import common
+import lora
 
 
 @dataclass
@@ -71,6 +73,8 @@ class Args:
     """updates between checkpoints in `output_dir`, the newest two of which are kept"""
     resume: bool = False
     """go on with an interrupted run, from its newest whole checkpoint; start where there is none"""
+    dry_run: bool = False
+    """show the data, token counts and an estimate of the memory, then stop before any model is loaded"""
     track: Literal["tensorboard", "wandb"] | None = None
     """also send metrics there"""
 
@@ -230,7 +234,10 @@ def main(args: Args) -> None:
     args = common.settle(args, args.model_path, learning_rate=1.5e-3, response_length=20)
     run = common.Run(args, __file__)
     common.check(args.batch_size % world_size == 0, f"--batch-size must be a multiple of {world_size}, the processes")
-    mesh = common.device_mesh(device, args.dp_replicate)
+    common.check(world_size % args.dp_replicate == 0, f"{world_size} processes must be a multiple of --dp-replicate")
+    mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
+                            mesh_dim_names=("replicate", "shard"))  # fmt: skip
+    mesh = mesh if args.dp_replicate > 1 else mesh["shard"]
     if run.finished:
         return common.end_processes()
     torch.manual_seed(args.seed)
@@ -247,18 +254,16 @@ def main(args: Args) -> None:
     common.log("  prompt: {!r}\n  answer: {!r}".format(*map(tokenizer.decode, train_set[0])))
     if exact_score:
         common.log(f"  its exact score: {exact_score(examples[0].prompt, examples[0].chosen):g}")
+    if args.dry_run:
+        return common.dry_run(args, *zip(*train_set), bytes_each=dtype.itemsize if args.lora_rank else 16)
 
     # ---- 3 Model -----------------------------------------------------------------------------------------------------
-    trained_dtype = dtype if args.lora_rank else torch.float32
     untrained = common.load_task(args.model_path) is not None
     common.check(not (untrained and args.lora_rank), f"--lora-rank: {args.model_path} is untrained: leave it at 0")
-    policy = common.load_policy(args.model_path, tokenizer, trained_dtype)
-    common.add_lora(policy, args.lora_rank, args.seed)
+    policy = common.load_policy(args.model_path, tokenizer, dtype if args.lora_rank else torch.float32)
     if not has_value_model(policy.config):
         common.log(f"warning: no value model can be made of {policy.config.model_type}: train_gvm.py will refuse it")
-    if args.gradient_checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = add_methods(shard(policy, mesh, dtype), token_logprobs).train()
+    policy = add_methods(shard(lora.prepare(policy, args), mesh, dtype), token_logprobs)
     num_updates = max(1, args.num_epochs * len(train_set) // args.batch_size)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     num_warmup = int(args.warmup_fraction * num_updates)
@@ -266,8 +271,8 @@ def main(args: Args) -> None:
 
     widest = max(len(prompt) for prompt, _ in train_set), max(len(response) for _, response in train_set)
     common.check_positions(args.model_path, policy, sum(widest))
-    frozen = [args.model_path] * (args.lora_rank > 0)
-    done, _ = run.start([(policy, optimizer, scheduler)], num_updates, common.fingerprint(train_set, *frozen))
+    data = common.fingerprint(train_set, *[args.model_path] * (not untrained))
+    done, _ = run.start([(policy, optimizer, scheduler)], num_updates, data)
     for update in range(done + 1, num_updates + 1):
         start = common.clock(device)
         # ---- 4 Update ------------------------------------------------------------------------------------------------
@@ -301,7 +306,7 @@ def main(args: Args) -> None:
             "optim/grad_norm": grad_norm.item(),
             "time/total": seconds,
             "time/tokens_per_sec": num_tokens / seconds,
-            "time/peak_mem_gb": common.peak_memory_gb(device),
+            "time/peak_mem_gb": torch.cuda.max_memory_allocated() / 1e9,
         }
         if heldout_set and update in (1, num_updates // 2, num_updates):
             metrics["loss/sft_heldout"] = heldout_loss(policy, heldout_set, tokenizer.pad_token_id, device, args)

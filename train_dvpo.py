@@ -23,11 +23,13 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import DynamicCache, StaticCache, get_linear_schedule_with_warmup
 from transformers.cache_utils import StaticLayer
 
 import common
+import lora
 
 
 @dataclass
@@ -100,9 +102,11 @@ class Args:
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
     checkpoint_every: int = 50
-    """updates between checkpoints in `output_dir`, the newest two of which are kept, and between printed samples"""
+    """updates between checkpoints in `output_dir`, the newest two of which are kept, and between samples shown"""
     resume: bool = False
     """go on with an interrupted run, from its newest whole checkpoint; start where there is none"""
+    dry_run: bool = False
+    """show the data, token counts and an estimate of the memory, then stop before any model is loaded"""
     track: Literal["tensorboard", "wandb"] | None = None
     """also send metrics there"""
 
@@ -392,7 +396,10 @@ def main(args: Args) -> None:
     share = args.num_minibatches * world_size
     common.check(args.rollout_batch_size % share == 0,
                  f"--rollout-batch-size must be a multiple of {share}, --num-minibatches x processes")  # fmt: skip
-    mesh = common.device_mesh(device, args.dp_replicate)
+    common.check(world_size % args.dp_replicate == 0, f"{world_size} processes must be a multiple of --dp-replicate")
+    mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
+                            mesh_dim_names=("replicate", "shard"))  # fmt: skip
+    mesh = mesh if args.dp_replicate > 1 else mesh["shard"]
     if run.finished:
         return common.end_processes()
 
@@ -405,15 +412,13 @@ def main(args: Args) -> None:
     exact_score = getattr(common.load_task(args.dataset), "score", None)  # "gold", where the task has one
     common.check(exact_score or args.reward_source == "gvm", f"--reward-source task: {args.dataset} defines no score()")
     common.log(f"{len(all_prompts)} different prompts, the first: {tokenizer.decode(all_prompts[0])!r}")
+    if args.dry_run:
+        return common.dry_run(args, all_prompts, [], bytes_each=2 * dtype.itemsize + 16 * (not args.lora_rank))
 
     # ---- 3 Models: one trained, two frozen ---------------------------------------------------------------------------
-    trained_dtype = dtype if args.lora_rank else torch.float32
-    policy = common.load_policy(args.model_path, tokenizer, trained_dtype).train()
-    common.add_lora(policy, args.lora_rank, args.seed)
+    policy = common.load_policy(args.model_path, tokenizer, dtype if args.lora_rank else torch.float32)
     end_ids = torch.tensor(policy.generation_config.eos_token_id, device=device)  # (E,)
-    if args.gradient_checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = add_methods(shard(policy, mesh, dtype), token_logprobs, generate)
+    policy = add_methods(shard(lora.prepare(policy, args), mesh, dtype), token_logprobs, generate)
     reference = policy  # without its pairs
     if not args.lora_rank:
         reference = common.load_policy(args.model_path, tokenizer, dtype).eval().requires_grad_(False)
@@ -437,8 +442,7 @@ def main(args: Args) -> None:
     for update in range(done + 1, args.num_updates + 1):
         # ---- 4 Rollout: each rank answers its share of the prompts, then all ranks hold all answers (a few MB) -------
         start = common.clock(device)
-        # All randomness of an update comes from (seed, update) and is drawn for the whole batch, so it depends on no
-        # earlier update and on no number of ranks; seeds are a million updates apart.
+        # All randomness of an update comes from (seed, update), for the whole batch: the number of ranks is no matter.
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + update)
         drawn = common.shuffled_batch(len(all_prompts), update, B, args.seed)
         prompts = [all_prompts[i] for i in drawn]
@@ -479,7 +483,7 @@ def main(args: Args) -> None:
                 batch = crop(input_ids[micro], attention_mask[micro], response_mask[micro])
                 r = batch[2].shape[1]  # at most R
                 logprobs[micro, :r], _ = policy.token_logprobs(*batch, args.temperature)
-                with common.lora_off(reference):
+                with lora.off(reference):
                     ref_logprobs[micro, :r], _ = reference.token_logprobs(*batch, args.temperature)
                 batch = crop(gvm_ids[micro], gvm_mask[micro], response_mask[micro])
                 gvm_values[micro, : r + 1] = gvm.token_values(*batch)
@@ -561,7 +565,7 @@ def main(args: Args) -> None:
             "time/update": time_update,
             "time/total": seconds,
             "time/tokens_per_sec": lengths.sum().item() / seconds,
-            "time/peak_mem_gb": common.peak_memory_gb(device),
+            "time/peak_mem_gb": torch.cuda.max_memory_allocated() / 1e9,
         }
         scheduler.step()
         if exact_score:

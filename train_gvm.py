@@ -24,10 +24,12 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import get_linear_schedule_with_warmup
 
 import common
+import lora
 
 
 @dataclass
@@ -90,6 +92,8 @@ class Args:
     """updates between checkpoints in `output_dir`, the newest two of which are kept"""
     resume: bool = False
     """go on with an interrupted run, from its newest whole checkpoint; start where there is none"""
+    dry_run: bool = False
+    """show the data, token counts and an estimate of the memory, then stop before any model is loaded"""
     track: Literal["tensorboard", "wandb"] | None = None
     """also send metrics there"""
 
@@ -227,7 +231,10 @@ def main(args: Args) -> None:
     dtype = common.compute_dtype(args.dtype, device)
     args = common.settle(args, args.model_path, learning_rate=2e-4, response_length=20)
     run = common.Run(args, __file__)
-    mesh = common.device_mesh(device, args.dp_replicate)
+    common.check(world_size % args.dp_replicate == 0, f"{world_size} processes must be a multiple of --dp-replicate")
+    mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
+                            mesh_dim_names=("replicate", "shard"))  # fmt: skip
+    mesh = mesh if args.dp_replicate > 1 else mesh["shard"]
     if run.finished:
         return common.end_processes()
 
@@ -257,16 +264,17 @@ def main(args: Args) -> None:
     common.log(f"{len(train_set)} answers, {len(heldout_set)} held out; the first, worth {train_set[0].label:+.2f}:")
     common.log(f"  prompt: {tokenizer.decode(train_set[0].prompt_ids)!r}")
     common.log(f"  answer: {tokenizer.decode(train_set[0].response_ids)!r}")
+    if args.dry_run:
+        answers = [answer.response_ids for answer in train_set]
+        bytes_each = dtype.itemsize if args.lora_rank else 16
+        return common.dry_run(args, [answer.prompt_ids for answer in train_set], answers, bytes_each)
 
     # ---- 3 Model -----------------------------------------------------------------------------------------------------
     trained_dtype = dtype if args.lora_rank else torch.float32
     gvm = common.load_value_model(args.model_path, tokenizer, trained_dtype, fresh_head=True)
-    common.add_lora(gvm, args.lora_rank, args.seed)
     gvm.config.num_context_trajectories = args.num_context_trajectories  # train_dvpo.py conditions it likewise
     gvm.config.context_trajectory_length = args.context_trajectory_length
-    if args.gradient_checkpointing:
-        gvm.gradient_checkpointing_enable({"use_reentrant": False})
-    gvm = add_methods(shard(gvm, mesh, dtype), token_values).train()
+    gvm = add_methods(shard(lora.prepare(gvm, args), mesh, dtype), token_values)
     num_updates = max(1, args.num_epochs * len(train_set) // args.batch_size)
     optimizer = torch.optim.AdamW(gvm.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     num_warmup = int(args.warmup_fraction * num_updates)
@@ -276,8 +284,8 @@ def main(args: Args) -> None:
               + args.num_context_trajectories * args.context_trajectory_length,
               max(len(answer.response_ids) for answer in train_set))  # fmt: skip
     common.check_positions(args.model_path, gvm, sum(widest))
-    frozen = [args.model_path] * (args.lora_rank > 0)
-    done, _ = run.start([(gvm, optimizer, scheduler)], num_updates, common.fingerprint(train_set, *frozen))
+    data = common.fingerprint(train_set, args.model_path)
+    done, _ = run.start([(gvm, optimizer, scheduler)], num_updates, data)
     for update in range(done + 1, num_updates + 1):
         start = common.clock(device)
         # ---- 4 Update ------------------------------------------------------------------------------------------------
@@ -320,7 +328,7 @@ def main(args: Args) -> None:
             "optim/grad_norm": grad_norm.item(),
             "time/total": seconds,
             "time/tokens_per_sec": num_values / seconds,
-            "time/peak_mem_gb": common.peak_memory_gb(device),
+            "time/peak_mem_gb": torch.cuda.max_memory_allocated() / 1e9,
         }
         if heldout_set and update in (num_updates // 4, num_updates // 2, num_updates):
             half, last = heldout_values(gvm, heldout_set, tokenizer.pad_token_id, device, args)  # (answers,) each

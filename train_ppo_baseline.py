@@ -29,11 +29,13 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import DynamicCache, StaticCache, get_linear_schedule_with_warmup
 from transformers.cache_utils import StaticLayer
 
 import common
+import lora
 
 
 @dataclass
@@ -56,7 +58,7 @@ class Args:
     reward_num_epochs: int = 3
     """passes over the preference pairs"""
     reward_learning_rate: float | None = None
-    """AdamW's peak, decayed linearly to zero; None: 2e-4, to be named for models wider than 256"""
+    """AdamW's peak, decayed linearly to zero; None: 2e-4, to be named for wider models: data, not RL, decides it"""
     reward_warmup_fraction: float = 0.1
     """share of the RM's updates in which its learning rate rises"""
     reward_batch_size: int = 32
@@ -72,7 +74,7 @@ class Args:
     learning_rate: float | None = None
     """AdamW's, decayed linearly to zero; None: 6e-4, to be named for models wider than 256 (released code: 2e-6)"""
     critic_learning_rate: float | None = None
-    """the critic's, decayed likewise; None: 3e-4, to be named for models wider than 256"""
+    """the critic's, decayed likewise; None: half of `learning_rate`, the best ratio on the small task"""
     num_epochs: int = 2
     """passes over each rollout (released code: 4)"""
     num_minibatches: int = 2
@@ -126,9 +128,11 @@ class Args:
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
     checkpoint_every: int = 50
-    """updates between checkpoints in `output_dir`, the newest two of which are kept, and between printed samples"""
+    """updates between checkpoints in `output_dir`, the newest two of which are kept, and between samples shown"""
     resume: bool = False
     """go on with an interrupted run, from its newest whole checkpoint; start where there is none"""
+    dry_run: bool = False
+    """show the data, token counts and an estimate of the memory, then stop before any model is loaded"""
     track: Literal["tensorboard", "wandb"] | None = None
     """also send metrics there"""
 
@@ -432,7 +436,7 @@ def pair_accuracy(rm, answers: list[common.Trajectory], pad_id: int, device, arg
     return ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).mean().item()
 
 
-def train_reward_model(args: Args, tokenizer, mesh, dtype: torch.dtype, device) -> None:
+def train_reward_model(args: Args, tokenizer, mesh, dtype, trained_dtype, device) -> None:
     """Bradley-Terry on the preference pairs, started from the SFT policy; leaves the RM in `args.output_dir`."""
     run = common.Run(args, __file__)
     if run.finished:
@@ -445,12 +449,8 @@ def train_reward_model(args: Args, tokenizer, mesh, dtype: torch.dtype, device) 
     train_set = tokenize_pairs(tokenizer, examples, args)
     heldout_set = tokenize_pairs(tokenizer, heldout, args, heldout=True)
     common.log(f"reward model: {len(train_set) // 2} pairs, {len(heldout_set) // 2} held out")
-    trained_dtype = dtype if args.lora_rank else torch.float32
     rm = common.load_value_model(args.model_path, tokenizer, trained_dtype, fresh_head=True)
-    common.add_lora(rm, args.lora_rank, args.seed)
-    if args.gradient_checkpointing:
-        rm.gradient_checkpointing_enable({"use_reentrant": False})
-    rm = add_methods(shard(rm.train(), mesh, dtype), token_values)
+    rm = add_methods(shard(lora.prepare(rm, args), mesh, dtype), token_values)
     num_updates = max(1, args.reward_num_epochs * len(train_set) // args.reward_batch_size)
     optimizer = torch.optim.AdamW(rm.parameters(), lr=args.reward_learning_rate, weight_decay=0.0, fused=True)
     num_warmup = int(args.reward_warmup_fraction * num_updates)
@@ -458,8 +458,8 @@ def train_reward_model(args: Args, tokenizer, mesh, dtype: torch.dtype, device) 
 
     widest = max(len(prompt) for prompt, _ in train_set), max(len(response) for _, response in train_set)
     common.check_positions(args.model_path, rm, sum(widest))
-    frozen = [args.model_path] * (args.lora_rank > 0)
-    done, _ = run.start([(rm, optimizer, scheduler)], num_updates, common.fingerprint(train_set, *frozen))
+    data = common.fingerprint(train_set, args.model_path)
+    done, _ = run.start([(rm, optimizer, scheduler)], num_updates, data)
     num_pairs = args.reward_batch_size // 2
     for update in range(done + 1, num_updates + 1):
         start = common.clock(device)
@@ -486,7 +486,7 @@ def train_reward_model(args: Args, tokenizer, mesh, dtype: torch.dtype, device) 
             "optim/lr": scheduler.get_last_lr()[0],
             "optim/grad_norm": grad_norm.item(),
             "time/total": common.clock(device) - start,
-            "time/peak_mem_gb": common.peak_memory_gb(device),
+            "time/peak_mem_gb": torch.cuda.max_memory_allocated() / 1e9,
         }
         scheduler.step()
         if heldout_set and update in (num_updates // 4, num_updates // 2, num_updates):
@@ -501,8 +501,10 @@ def main(args: Args) -> None:
     device = common.init_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dtype = common.compute_dtype(args.dtype, device)
-    args = common.settle(args, args.model_path, learning_rate=6e-4, critic_learning_rate=3e-4,
-                         reward_learning_rate=2e-4, response_length=20)  # fmt: skip
+    of_rm = {"reward_learning_rate": 2e-4} if args.reward_path is None else {}
+    args = common.settle(args, args.model_path, learning_rate=6e-4, response_length=20, **of_rm)
+    if args.critic_learning_rate is None:
+        args = replace(args, critic_learning_rate=args.learning_rate / 2)
     run = common.Run(args, __file__)
     share = args.num_minibatches * world_size
     common.check(args.rollout_batch_size % share == 0,
@@ -514,7 +516,10 @@ def main(args: Args) -> None:
     made = (Path(reward_path) / "README.md").exists() and by_rm and args.reward_path is None and not args.resume
     common.check(not made, f"{reward_path} holds a reward model: if {args.dataset} trained it, use it by --reward-path "
                  f"{reward_path}, else choose another --reward-output-dir")  # fmt: skip
-    mesh = common.device_mesh(device, args.dp_replicate)
+    common.check(world_size % args.dp_replicate == 0, f"{world_size} processes must be a multiple of --dp-replicate")
+    mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
+                            mesh_dim_names=("replicate", "shard"))  # fmt: skip
+    mesh = mesh if args.dp_replicate > 1 else mesh["shard"]
     if run.finished:
         return common.end_processes()
 
@@ -528,18 +533,18 @@ def main(args: Args) -> None:
     exact_score = getattr(common.load_task(args.dataset), "score", None)  # "gold", where the task has one
     common.check(exact_score or by_rm, f"--reward-source task: {args.dataset} defines no score()")
     common.log(f"{len(all_prompts)} different prompts, the first: {tokenizer.decode(all_prompts[0])!r}")
+    if args.dry_run:
+        bytes_each = 3 * dtype.itemsize if args.lora_rank else 2 * 16 + 2 * dtype.itemsize
+        return common.dry_run(args, all_prompts, [], bytes_each)
 
     # ---- 3 Models: two trained, two frozen ---------------------------------------------------------------------------
-    if by_rm and args.reward_path is None:
-        train_reward_model(replace(args, output_dir=reward_path), tokenizer, mesh, dtype, device)
-        gc.collect()  # the model and its methods refer to each other: without it, its memory would stay taken
     trained_dtype = dtype if args.lora_rank else torch.float32
-    policy = common.load_policy(args.model_path, tokenizer, trained_dtype).train()
-    common.add_lora(policy, args.lora_rank, args.seed)
+    if by_rm and args.reward_path is None:
+        train_reward_model(replace(args, output_dir=reward_path), tokenizer, mesh, dtype, trained_dtype, device)
+        gc.collect()  # the model and its methods refer to each other: without it, its memory would stay taken
+    policy = common.load_policy(args.model_path, tokenizer, trained_dtype)
     end_ids = torch.tensor(policy.generation_config.eos_token_id, device=device)  # (E,)
-    if args.gradient_checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = add_methods(shard(policy, mesh, dtype), token_logprobs, generate)
+    policy = add_methods(shard(lora.prepare(policy, args), mesh, dtype), token_logprobs, generate)
     reference = policy  # without its pairs
     if not args.lora_rank:
         reference = common.load_policy(args.model_path, tokenizer, dtype).eval().requires_grad_(False)
@@ -550,11 +555,8 @@ def main(args: Args) -> None:
         rm = add_methods(shard(rm.eval().requires_grad_(False), mesh, dtype), token_values)
         common.check_positions(reward_path, rm, max(map(len, all_prompts)) + args.response_length)
     critic_path = args.critic_path or (reward_path if by_rm else args.model_path)
-    critic = common.load_value_model(critic_path, tokenizer, trained_dtype, fresh_head=not by_rm).train()
-    common.add_lora(critic, args.lora_rank, args.seed)
-    if args.gradient_checkpointing:
-        critic.gradient_checkpointing_enable({"use_reentrant": False})
-    critic = add_methods(shard(critic, mesh, dtype), token_values)
+    critic = common.load_value_model(critic_path, tokenizer, trained_dtype, fresh_head=not by_rm)
+    critic = add_methods(shard(lora.prepare(critic, args), mesh, dtype), token_values)
     # eps as in CleanRL's PPO: where gradients are tiny, steps are, too.
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=args.critic_learning_rate, eps=1e-5, weight_decay=0.0,
@@ -563,8 +565,7 @@ def main(args: Args) -> None:
     critic_scheduler = get_linear_schedule_with_warmup(critic_optimizer, 0, args.num_updates)
 
     trained = [(policy, optimizer, scheduler), (critic, critic_optimizer, critic_scheduler)]
-    frozen = args.model_path, *[reward_path] * by_rm, *[critic_path] * (args.lora_rank > 0)
-    data = common.fingerprint(all_prompts, *frozen)
+    data = common.fingerprint(all_prompts, args.model_path, critic_path, *[reward_path] * by_rm)
     done, carried = run.start(trained, args.num_updates, data, kl_coef=args.kl_coef, usual_surprise=None)
     B, longest_prompt = args.rollout_batch_size, max(map(len, all_prompts))
     for path, model in ((args.model_path, policy), (critic_path, critic)):
@@ -573,8 +574,7 @@ def main(args: Args) -> None:
     for update in range(done + 1, args.num_updates + 1):
         # ---- 4 Rollout: each rank answers its share of the prompts, then all ranks hold all answers (a few MB) -------
         start = common.clock(device)
-        # All randomness of an update comes from (seed, update) and is drawn for the whole batch, so it depends on no
-        # earlier update and on no number of ranks; seeds are a million updates apart.
+        # All randomness of an update comes from (seed, update), for the whole batch: the number of ranks is no matter.
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + update)
         drawn = common.shuffled_batch(len(all_prompts), update, B, args.seed)
         prompts = [all_prompts[i] for i in drawn]
@@ -606,7 +606,7 @@ def main(args: Args) -> None:
                 batch = crop(input_ids[micro], attention_mask[micro], response_mask[micro])
                 r = batch[2].shape[1]  # at most R
                 logprobs[micro, :r], _ = policy.token_logprobs(*batch, args.temperature)
-                with common.lora_off(reference):
+                with lora.off(reference):
                     ref_logprobs[micro, :r], _ = reference.token_logprobs(*batch, args.temperature)
                 values[micro, : r + 1] = critic.token_values(*batch)
                 if by_rm:
@@ -704,7 +704,7 @@ def main(args: Args) -> None:
             "time/update": time_update,
             "time/total": seconds,
             "time/tokens_per_sec": lengths.sum().item() / seconds,
-            "time/peak_mem_gb": common.peak_memory_gb(device),
+            "time/peak_mem_gb": torch.cuda.max_memory_allocated() / 1e9,
         }
         scheduler.step()
         critic_scheduler.step()

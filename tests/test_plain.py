@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 from conftest import load_weights, read_metrics, task_examples
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import common
+import lora
 import sft
 import train_dvpo
 import train_gvm
@@ -154,16 +156,16 @@ def test_policy_updates(method, tiny_model, tiny_gvm, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pairs_switched_off_and_merged(dtype, tiny_model, tmp_path, processes):
     """New pairs change nothing and pairs switched off are the model as it was, both exactly; merged ones are saved."""
-    tokenizer, mesh = common.load_tokenizer(tiny_model), common.device_mesh(torch.device("cpu"), 1)
-    prepare = lambda model: train_dvpo.add_methods(train_dvpo.shard(model, mesh, dtype), train_dvpo.token_logprobs)
+    tokenizer, mesh = common.load_tokenizer(tiny_model), init_device_mesh("cpu", (1,))
+    sharded = lambda model: train_dvpo.add_methods(train_dvpo.shard(model, mesh, dtype), train_dvpo.token_logprobs)
     rows = [([2, 5, 3], [7, 9, 1]), ([4], [8, 6, 5, 1])]
     batch = common.pad_batch(*zip(*rows), 0, "cpu")
     policy = common.load_policy(tiny_model, tokenizer, dtype)
-    common.add_lora(policy, 4, seed=1)
-    policy = prepare(policy)
+    args = sft.Args(lora_rank=4, output_dir=str(tmp_path / "out"))
+    policy = sharded(lora.prepare(policy, args))
     with torch.no_grad():
         logprobs = lambda model: model.token_logprobs(**batch, temperature=1.0)[0]
-        start = logprobs(prepare(common.load_policy(tiny_model, tokenizer, dtype)))
+        start = logprobs(sharded(common.load_policy(tiny_model, tokenizer, dtype)))
         assert torch.equal(logprobs(policy), start)
         torch.manual_seed(0)
         for name, parameter in policy.named_parameters():
@@ -172,13 +174,13 @@ def test_pairs_switched_off_and_merged(dtype, tiny_model, tmp_path, processes):
             if "lora_b" in name:
                 parameter.normal_(std=0.02)
         moved = logprobs(policy)
-        with common.lora_off(policy):
+        with lora.off(policy):
             assert torch.equal(logprobs(policy), start)
         assert torch.equal(logprobs(policy), moved) and (moved - start).abs().max() > 0.1
-        run = common.Run(sft.Args(output_dir=str(tmp_path / "out")), sft.__file__)
+        run = common.Run(args, sft.__file__)
         (tmp_path / "out").mkdir()
         run.save(policy, dtype, tokenizer, "merged")
-        merged = logprobs(prepare(common.load_policy(str(tmp_path / "out"), tokenizer, dtype)))
+        merged = logprobs(sharded(common.load_policy(str(tmp_path / "out"), tokenizer, dtype)))
     torch.testing.assert_close(merged, moved, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
 
 
@@ -193,10 +195,10 @@ def test_pairs_of_full_rank_learn_what_full_training_does(tiny_model, pairs, tmp
 
     tokenizer = common.load_tokenizer(tiny_model)
     full, beside = (common.load_policy(tiny_model, tokenizer, torch.float32) for _ in range(2))
-    common.add_lora(beside, 64, seed=1)  # as wide as its widest layer
+    beside = lora.prepare(beside, sft.Args(lora_rank=64))  # as wide as its widest layer
     for module in beside.modules():
         if hasattr(module, "lora_a"):
-            torch.nn.init.eye_(module.lora_a).data.mul_(64 / common.LORA_ALPHA)
+            torch.nn.init.eye_(module.lora_a)
     for model in (full, beside):
         logprobs_of(model, [2, 5, 3], [7, 9, 1]).sum().backward()
     found = dict(beside.named_parameters())

@@ -17,11 +17,12 @@ import torch.distributed as dist
 import tyro
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import common
+import lora
 import train_dvpo
 
 LLAMA = dict(num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=128256, intermediate_size=8192)
@@ -90,13 +91,12 @@ def working(shape: str, rank: int, batch: int, length: int) -> float:
 def tracked(shape: str, world_size: int, rank: int, batch: int, length: int) -> float:
     """The tracker's peak of one forward and backward pass of the sharded policy."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
-    mesh = common.device_mesh(torch.device("cpu"), 1)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     with FakeTensorMode():
         torch.set_default_dtype(torch.bfloat16 if rank else torch.float32)
         model = LlamaForCausalLM(config_of(shape)).train()
         torch.set_default_dtype(torch.float32)
-        common.add_lora(model, rank, seed=1)
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        lora.prepare(model, train_dvpo.Args(lora_rank=rank, gradient_checkpointing=True))
         base = model.base_model
 
         def loss(model, ids):
@@ -130,8 +130,8 @@ def main(args: Args) -> None:
     print("| shape | method | weights | 1 GPU: models | in all | 8 GPUs: models | in all | 64 GPUs: models | in all |")
     print("|---|---|---|---|---|---|---|---|---|")
     for shape in SHAPES:
-        for method, trained, full, lora in (("DVPO", 1, 2, 1), ("PPO", 2, 2, 1)):
-            for rank, frozen in ((0, full), (args.lora_rank, lora)):
+        for method, trained, full, without in (("DVPO", 1, 2, 1), ("PPO", 2, 2, 1)):
+            for rank, frozen in ((0, full), (args.lora_rank, without)):
                 cells = []
                 for world_size in (1, 8, 64):
                     models = state(shape, world_size, rank, trained, frozen)
