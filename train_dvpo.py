@@ -50,7 +50,7 @@ class Args:
     num_updates: int = 300
     """updates, each one rollout and `num_epochs` passes over it"""
     learning_rate: float | None = None
-    """AdamW's, decayed linearly to zero; None: 6e-4, to be named for models wider than 256 (released code: 2e-6)"""
+    """AdamW's, decayed linearly to zero; None: 6e-4, or less for answers above 20 tokens (released code: 2e-6)"""
     num_epochs: int = 2
     """passes over each rollout (released code: 4)"""
     num_minibatches: int = 2
@@ -393,7 +393,8 @@ def main(args: Args) -> None:
     device = common.init_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dtype = common.compute_dtype(args.dtype, device)
-    args = common.settle(args, args.model_path, learning_rate=6e-4, response_length=20)
+    small_rate = 6e-4 / max(1, (args.response_length or 20) / 20)  # longer answers, at the same rate, overshoot
+    args = common.settle(args, args.model_path, learning_rate=small_rate, response_length=20)
     run = common.Run(args, __file__)
     share = args.num_minibatches * world_size
     common.check(args.rollout_batch_size % share == 0,

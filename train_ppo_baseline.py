@@ -72,9 +72,9 @@ class Args:
     num_updates: int = 300
     """updates, each one rollout and `num_epochs` passes over it"""
     learning_rate: float | None = None
-    """AdamW's, decayed linearly to zero; None: 6e-4, to be named for models wider than 256 (released code: 2e-6)"""
+    """AdamW's, decayed linearly to zero; None: 6e-4, or less for answers above 20 tokens (released code: 2e-6)"""
     critic_learning_rate: float | None = None
-    """the critic's, decayed likewise; None: 3e-4, to be named for models wider than 256"""
+    """the critic's, decayed likewise; None: half of `learning_rate`'s None"""
     num_epochs: int = 2
     """passes over each rollout (released code: 4)"""
     num_minibatches: int = 2
@@ -505,7 +505,8 @@ def main(args: Args) -> None:
     device = common.init_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dtype = common.compute_dtype(args.dtype, device)
-    args = common.settle(args, args.model_path, learning_rate=6e-4, critic_learning_rate=3e-4,
+    small_rate = 6e-4 / max(1, (args.response_length or 20) / 20)  # longer answers, at the same rate, overshoot
+    args = common.settle(args, args.model_path, learning_rate=small_rate, critic_learning_rate=small_rate / 2,
                          reward_learning_rate=2e-4, response_length=20)  # fmt: skip
     run = common.Run(args, __file__)
     share = args.num_minibatches * world_size

@@ -34,7 +34,7 @@ WRITERS = {
 FAULT = 0.5 / LISTS**0.5  # what one fault costs: scores spread as far in long chains as in short ones
 WRONG_END = 3  # faults
 NOISE = 0.12  # scale of the annotators' Gumbel noise: their preferences are Bradley-Terry in score / NOISE
-SIZES = {"train": 16_000, "heldout": 2_000}  # pairs
+SIZES = {"train": 6_000, "heldout": 1_000}  # pairs
 
 
 def parse(question: str) -> tuple[int, str, list[str]]:
