@@ -481,7 +481,8 @@ def export(paths: dict[str, str], mesh, dtype: torch.dtype, device, args: Args) 
         for turn in range(len(turns[0])):  # the second one's prompt holds the policy's own first answer
             for chat, asked in zip(chats, turns):
                 chat.append({"role": "user", "content": asked[turn]})
-            prompts = [common.tokenize_prompt(tokenizer, chat) for chat in chats]  # all: a judge takes no part
+            with common.user_errors(common.UserError, f"{name}: a question is not as its chat template takes them"):
+                prompts = [common.tokenize_prompt(tokenizer, chat) for chat in chats]  # all: a judge takes no part
             common.check_positions(path, policy, max(map(len, prompts)) + args.response_length)
             for temperature in sorted(set(temperatures)):
                 rows = [i for i, its in enumerate(temperatures) if its == temperature]
