@@ -2,6 +2,7 @@
 
     python evaluate.py                                                         # sft and dvpo on the embedded task
     python evaluate.py sft=runs/sft dvpo=runs/dvpo other=some/folder --dataset DATA --response-length 640
+    python evaluate.py --value-guided 0.1 --top-k 4                            # each step steered by the GVM
 
 For each policy: gold score, where a task has an exact one, the GVM's verdict, KL to the reference, answer length, how
 often the answer ends by itself, and how often it beats the first policy on the same prompt. For the GVM: how often it

@@ -234,7 +234,7 @@ def test_the_readmes_chat_answers(chain, capsys):
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert '"runs/dvpo"' in block
     exec(block.replace("runs/dvpo", str(chain / "dvpo")), {})
-    assert re.fullmatch(r"\{'role': 'assistant', 'content': '.+'\}\n", capsys.readouterr().out)
+    assert re.search(r"\{'role': 'assistant', 'content': '.+'\}\]\}\n$", capsys.readouterr().out)
 
 
 # ---- The report's pictures -------------------------------------------------------------------------------------------
