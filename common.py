@@ -11,7 +11,6 @@ import math
 import os
 import random
 import re
-import resource
 import runpy
 import shlex
 import shutil
@@ -20,6 +19,7 @@ import sys
 import time
 import traceback
 import types
+import zlib
 from array import array
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -59,11 +59,7 @@ def user_errors(kinds, message: str):
 
 def parse(args_class):
     """The command line as an `args_class`; of a machine's processes only the first prints help or errors."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `Run.start`, Ctrl-C just ends it
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends in silence
-    args = tyro.cli(args_class, console_outputs=os.environ.get("LOCAL_RANK", "0") == "0")
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    return args
+    return tyro.cli(args_class, console_outputs=os.environ.get("LOCAL_RANK", "0") == "0")
 
 
 @contextlib.contextmanager
@@ -78,8 +74,8 @@ def one_line_errors():
             line = text
         elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in text:
             line = "out of memory: lower --micro-batch-size, --rollout-micro-batch-size or a length, or add processes"
-        elif isinstance(error, dcp.CheckpointException) or re.search(r"\b(Errno|os error) (27|28|122)\b", text):
-            line = "an output file cannot be written: make room, then run it again with --resume"
+        elif isinstance(error, (OSError, dcp.CheckpointException)) or "os error" in text:
+            line = f"a file cannot be written ({text.splitlines()[-1]}): make room or mend it, then use --resume"
         elif isinstance(error, dist.DistError) or "/gloo/" in text:
             line = f"lost another process, killed perhaps or out of memory ({text.splitlines()[0]})"
         try:
@@ -162,13 +158,6 @@ def clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory so far: what torch has allocated on a GPU, the process's resident set on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 # ---- Return-to-go ----------------------------------------------------------------------------------------------------
@@ -281,10 +270,8 @@ def split_answer(prompt: list[dict] | None, answer) -> tuple[list[dict], str]:
 
 def to_score(value) -> float | None:
     """A finite number (ratings often come as strings), or None."""
-    try:
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         return float(value) if math.isfinite(float(value)) else None
-    except (TypeError, ValueError, OverflowError):
-        return None
 
 
 ROLES = {"human": "user", "Human": "user", "gpt": "assistant", "Assistant": "assistant"}  # ShareGPT's, HH-RLHF's
@@ -297,7 +284,6 @@ ALIASES = {
 }  # fmt: skip
 COLUMNS = ("prompt", "chosen", "rejected", "response", "score", "score_chosen", "score_rejected", "policy",
            "chosen_policy", "rejected_policy", "subset", "system", "input", "context", "history", "tools")  # fmt: skip
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # by a file's ending
 # What a dataset can be, and the columns it needs; the first that fits.
 FORMATS = {"preference pairs": ("chosen", "rejected"), "answers": ("response",), "prompts": ("prompt",)}
 
@@ -334,19 +320,24 @@ def from_row(row: dict, kind: str, needs: str) -> Example:
 
 
 def read_rows(dataset: str, splits: tuple[str, ...]):
-    """The rows of `NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`: a hub dataset, a folder, or a file (`READERS`)."""
+    """The rows of `NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`: a hub dataset, a folder, or a file."""
     path, *config = dataset.split(":")
     split, file = config.pop() if config else "", Path(path).expanduser()
-    kind = READERS.get(Path(file.name.removesuffix(".gz")).suffix)
-    check(kind or not file.is_file(), f"--dataset {path}: expected {', '.join(READERS)} (or .gz), or a task's .py")
-    check(file.exists() or not (kind or path.startswith((".", "/", "~"))), f"--dataset {path}: no such file or folder")
+    check(file.exists() or not path.startswith((".", "/", "~")), f"--dataset {path}: no such file or folder")
     import datasets  # takes a second to import, and a task needs none of it
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said below, once
     with user_errors(Exception, f"--dataset {path}: neither readable here nor on the hub"):
-        if file.is_file():
-            data = datasets.load_dataset(kind, data_files=str(file))
+        if file.is_file():  # read for what it holds, whatever its name
+            with open(file, "rb") as stream:
+                head = stream.read(100_000)
+            if head.startswith(b"\x1f\x8b"):  # gzip
+                head = zlib.decompressobj(wbits=31).decompress(head)
+            text = head.decode("utf-8-sig", errors="replace").lstrip()
+            kind = "parquet" if text.startswith("PAR1") else "json" if text[:1] in ("[", "{") else "csv"
+            more = {"sep": max(",;\t", key=text.partition("\n")[0].count)} if kind == "csv" else {}
+            data = datasets.load_dataset(kind, data_files=str(file), **more)
         elif (file / "dataset_dict.json").exists() or (file / "state.json").exists():
             data = datasets.load_from_disk(str(file))
         else:
@@ -402,8 +393,7 @@ def to_examples(rows, dataset: str, needs: str) -> list[Example]:
     unread = "; not read: " * (len(read) < len(found)) + ", ".join(column for column in found if column not in read)
     log(f"dataset {dataset}: {kind} ({', '.join(read)}{unread}), {len(rows)} rows, {len(examples)} examples")
     reasons = "; ".join(f"{count} x {reason}" for reason, count in dropped.most_common())
-    if dropped:
-        log(f"  dropped {dropped.total()} rows: {reasons}")
+    log(f"  dropped {dropped.total()} rows: {reasons or 'none'}")
     check(examples, f"--dataset {dataset}: no row can be used here: {reasons}")
     return examples
 
@@ -480,13 +470,12 @@ def tokenize_answers(tokenizer, answers: list[str], max_length: int) -> list[arr
     """Token ids of answers without control tokens, each with its end-of-turn token, cut to `max_length`."""
     lead, end, controls = chat_marks(tokenizer)
     skip, tokens = len(tokenizer(lead, add_special_tokens=False).input_ids), []
-    unknown, cut = "have parts unknown to the tokenizer", f"cut to --response-length {max_length} tokens"
-    spoilt, counts = f"had control tokens such as {tokenizer.decode([end])!r} in their text", Counter()
+    cut, counts = f"cut to --response-length {max_length} tokens", Counter()
+    spoilt = f"had control tokens such as {tokenizer.decode([end])!r} in their text"
     for start in range(0, len(answers), 1000):  # all at once would take 168 bytes a token; an array takes 4
         part = [lead + answer for answer in answers[start : start + 1000]]
         for ids in tokenizer(part, add_special_tokens=False).input_ids:
             kept = [i for i in ids[skip:] if i not in controls] + [end]
-            counts[unknown] += tokenizer.unk_token_id in ids
             counts[spoilt] += skip + len(kept) <= len(ids)
             counts[cut] += len(kept) > max_length
             tokens.append(array("i", kept[:max_length]))
@@ -514,8 +503,7 @@ def fit_prompts(tokenizer, examples: list[Example], max_length: int, heldout: bo
         except UserError as error:
             dropped[str(error)] += 1
     reasons = "; ".join(f"{count} x {reason}" for reason, count in dropped.most_common(9))
-    if dropped:
-        log(f"  dropped prompts: {reasons}")
+    log(f"  dropped prompts: {reasons or 'none'}")
     check(kept or heldout, f"no prompt is left: {reasons}")
     return kept, tokens
 
@@ -619,9 +607,8 @@ def load_weights(auto_class, path: str, config, dtype: torch.dtype):
 
 
 def settle(args, path: str, **small):
-    """`args` with the values `small`, tuned on the embedded task, for what is not named; a larger model than that
-    task's, at `path`, gets none of them. Raises `UserError` for a number that is negative, not finite, or a size of 0.
-    """
+    """`args` with the values `small`, tuned on the embedded task, for what is not named; a larger model, at `path`,
+    gets none of them. Raises `UserError` for a number that is negative, not finite, or a size of 0."""
     missing = {name: value for name, value in small.items() if getattr(args, name) is None}
     flags = ", ".join("--" + name.replace("_", "-") for name in missing)
     large = missing and load_task(path) is None and getattr(load_config(path).get_text_config(), "hidden_size", 0) > 256
@@ -682,8 +669,6 @@ def load_policy(path: str, tokenizer, dtype: torch.dtype):
 def load_value_model(path: str, tokenizer, dtype: torch.dtype, fresh_head: bool):
     """A sequence classifier, its bias-free `score` head to be read at every token; `fresh_head`: zero where none is."""
     config, auto_class = load_config(path), transformers.AutoModelForSequenceClassification
-    right = fresh_head or config.num_labels == 1
-    check(right, f"{path}: the head has {config.num_labels} outputs, expected 1; is it a GVM or a reward model?")
     config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id  # by which transformers finds an answer's end
     model, missing, unread = load_weights(auto_class, path, config, dtype)
     head = getattr(model, "score", None)
@@ -703,9 +688,26 @@ def check_same_tokenizer(path: str, tokenizer, other_path: str) -> None:
     check(same, f"{other_path} and {path} have different tokenizers or chat templates: train both from the same model")
 
 
+def dry_run(args, prompts, answers, bytes_each: int) -> None:
+    """What `--dry-run` adds to what is told of the data anyway: token counts, and an estimate of the memory of models
+    as large as that at `--model-path`, which take `bytes_each` per parameter together."""
+    for name, rows in (("prompts", prompts), ("answers", answers)):
+        for bits, count in sorted(Counter(len(row).bit_length() for row in rows).items()):
+            log(f"  {count:>8} {name} of {2**bits // 2} to {2**bits - 1} tokens {'#' * (50 * count // len(rows))}")
+    config = load_task(args.model_path).model()[0] if load_task(args.model_path) else load_config(args.model_path)
+    with torch.device("meta"):  # which holds no weights
+        size = transformers.AutoModelForCausalLM.from_config(config).num_parameters()
+    state, text = bytes_each * size * args.dp_replicate / dist.get_world_size() / 1e9, config.get_text_config()
+    tokens = args.micro_batch_size * (max(map(len, prompts)) + args.response_length)
+    layer = (2 if args.gradient_checkpointing else 34) * tokens * text.hidden_size / 1e9  # arXiv:2205.05198, in 16 bits
+    log(f"memory per process, roughly: {state:.3f} GB of weights, gradients and optimizer states, and of activations "
+        f"{layer * text.num_hidden_layers:.3f} GB")  # fmt: skip
+    end_processes()
+
+
 # ---- Output folders and checkpoints ----------------------------------------------------------------------------------
 # What may differ when a run is resumed: it does not change what is computed.
-FREE_SETTINGS = {"output_dir", "reward_output_dir", "resume", "checkpoint_every", "track", "max_kl",
+FREE_SETTINGS = {"output_dir", "reward_output_dir", "resume", "checkpoint_every", "track", "dry_run", "max_kl",
                  "micro_batch_size", "rollout_micro_batch_size", "gradient_checkpointing", "dp_replicate"}  # fmt: skip
 
 
@@ -715,7 +717,6 @@ class Run:
     Rank 0 writes `args.json`, a copy of the script, `metrics.jsonl` and, at the end, the model; the model card
     `README.md` comes last and tells a finished run. `.dvpo-run` tells the folder from others. `checkpoints/step_N`
     holds sharded weights and optimizers, `state.json` and, written last, `manifest.json`: the SHA-256 of every file.
-    No random generator is saved, as every draw is a function of seed and update.
     """
 
     def __init__(self, args, script: str):
@@ -723,6 +724,7 @@ class Run:
         self.args, self.script, self.folder = args, Path(script), Path(args.output_dir).expanduser()
         self.started, self.printed, self.signal, self.writes = time.time(), 0.0, 0, dist.get_rank() == 0
         self.finished, self.source, self.done = False, None, 0
+        check(str(self.folder).isprintable(), f"--output-dir {self.folder}: has a character that cannot be saved to")
         with user_errors(OSError, f"--output-dir {self.folder}: cannot be read or written"):
             if self.folder.exists() and any(self.folder.iterdir()):
                 self.look()
@@ -733,8 +735,7 @@ class Run:
         ours = (self.folder / ".dvpo-run").exists()
         check(ours, f"--output-dir {self.folder} holds other files than a run's: choose another")
         self.finished = (self.folder / "README.md").exists()
-        kind = "a finished run" if self.finished else "an unfinished run"
-        check(self.args.resume, f"--output-dir {self.folder} holds {kind}: --resume or remove it, or choose another")
+        check(self.args.resume, f"--output-dir {self.folder} holds a run: --resume or remove it, or choose another")
         file = self.folder / "args.json"
         with user_errors((OSError, ValueError, TypeError), f"{file}: cannot be read, so the run cannot go on"):
             before, now = dict(json.loads(file.read_text())), json.loads(json.dumps(asdict(self.args)))
@@ -841,8 +842,8 @@ class Run:
         if self.writes:
             shutil.rmtree(folder, ignore_errors=True)  # one that was damaged
             folder.mkdir()
-            schedulers = [scheduler.state_dict() for _, _, scheduler in self.trained]
-            state = {"carried": vars(self.carried), "data": self.data, "schedulers": schedulers}
+            state = {"carried": vars(self.carried), "data": self.data}
+            state["schedulers"] = [scheduler.state_dict() for _, _, scheduler in self.trained]
             (folder / "state.json").write_text(json.dumps(state))
         dist.barrier()
         dcp.save(self.tensors(), checkpoint_id=folder)  # on rank 0 it returns when all have written

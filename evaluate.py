@@ -698,7 +698,8 @@ def main(args: Args) -> None:
     # ---- 3 Models that judge -----------------------------------------------------------------------------------------
     reference = load_policy(args.reference_path, tokenizer, mesh, dtype)
     gvm = load_gvm(args.reference_path, tokenizer, mesh, dtype, args) if args.gvm_path else None
-    results = {"args": asdict(args), "policies": {}}
+    results, longest = {"args": asdict(args), "policies": {}}, max(map(len, prompts)) + args.response_length
+    common.check_positions(args.reference_path, reference, longest)
 
     rated = [e for e in heldout if e.rejected and e.chosen.strip() and e.rejected.strip() and e.chosen != e.rejected]
     known = all(e.chosen_policy and e.rejected_policy for e in rated)
@@ -715,6 +716,7 @@ def main(args: Args) -> None:
     baseline, written = None, []
     for name, path in paths.items():
         policy = load_policy(path, tokenizer, mesh, dtype)
+        common.check_positions(path, policy, longest)
         end_ids = torch.tensor(policy.generation_config.eos_token_id, device=device)  # (E,)
         guide = gvm if args.value_guided else None
         answers = sample(name, policy, reference, guide, repeated, end_ids, tokenizer.pad_token_id, device, args)

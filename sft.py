@@ -71,6 +71,8 @@ class Args:
     """updates between checkpoints in `output_dir`, the newest two of which are kept"""
     resume: bool = False
     """go on with an interrupted run, from its newest whole checkpoint; start where there is none"""
+    dry_run: bool = False
+    """show the data, token counts and an estimate of the memory, then stop before any model is loaded"""
     track: Literal["tensorboard", "wandb"] | None = None
     """also send metrics there"""
 
@@ -257,6 +259,8 @@ def main(args: Args) -> None:
     common.log("  prompt: {!r}\n  answer: {!r}".format(*map(tokenizer.decode, train_set[0])))
     if exact_score:
         common.log(f"  its exact score: {exact_score(examples[0].prompt, examples[0].chosen):g}")
+    if args.dry_run:
+        return common.dry_run(args, *zip(*train_set), bytes_each=16)
 
     # ---- 3 Model -----------------------------------------------------------------------------------------------------
     policy = common.load_policy(args.model_path, tokenizer, torch.float32)
@@ -306,7 +310,7 @@ def main(args: Args) -> None:
             "optim/grad_norm": grad_norm.item(),
             "time/total": seconds,
             "time/tokens_per_sec": num_tokens / seconds,
-            "time/peak_mem_gb": common.peak_memory_gb(device),
+            "time/peak_mem_gb": torch.cuda.max_memory_allocated() / 1e9,
         }
         if heldout_set and update in (1, num_updates // 2, num_updates):
             metrics["loss/sft_heldout"] = heldout_loss(policy, heldout_set, tokenizer.pad_token_id, device, args)

@@ -100,9 +100,11 @@ class Args:
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
     checkpoint_every: int = 50
-    """updates between checkpoints in `output_dir`, the newest two of which are kept, and between printed samples"""
+    """updates between checkpoints in `output_dir`, the newest two of which are kept, and between samples shown"""
     resume: bool = False
     """go on with an interrupted run, from its newest whole checkpoint; start where there is none"""
+    dry_run: bool = False
+    """show the data, token counts and an estimate of the memory, then stop before any model is loaded"""
     track: Literal["tensorboard", "wandb"] | None = None
     """also send metrics there"""
 
@@ -415,6 +417,8 @@ def main(args: Args) -> None:
     exact_score = getattr(common.load_task(args.dataset), "score", None)  # "gold", where the task has one
     common.check(exact_score or args.reward_source == "gvm", f"--reward-source task: {args.dataset} defines no score()")
     common.log(f"{len(all_prompts)} different prompts, the first: {tokenizer.decode(all_prompts[0])!r}")
+    if args.dry_run:
+        return common.dry_run(args, all_prompts, [], bytes_each=16 + 2 * dtype.itemsize)
 
     # ---- 3 Models: one trained, two frozen ---------------------------------------------------------------------------
     policy = common.load_policy(args.model_path, tokenizer, torch.float32).train()
@@ -443,8 +447,7 @@ def main(args: Args) -> None:
     for update in range(done + 1, args.num_updates + 1):
         # ---- 4 Rollout: each rank answers its share of the prompts, then all ranks hold all answers (a few MB) -------
         start = common.clock(device)
-        # All randomness of an update comes from (seed, update) and is drawn for the whole batch, so it depends on no
-        # earlier update and on no number of ranks; seeds are a million updates apart.
+        # All randomness of an update comes from (seed, update), for the whole batch: the number of ranks is no matter.
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + update)
         drawn = common.shuffled_batch(len(all_prompts), update, B, args.seed)
         prompts = [all_prompts[i] for i in drawn]
@@ -566,7 +569,7 @@ def main(args: Args) -> None:
             "time/update": time_update,
             "time/total": seconds,
             "time/tokens_per_sec": lengths.sum().item() / seconds,
-            "time/peak_mem_gb": common.peak_memory_gb(device),
+            "time/peak_mem_gb": torch.cuda.max_memory_allocated() / 1e9,
         }
         scheduler.step()
         if exact_score:

@@ -90,6 +90,8 @@ class Args:
     """updates between checkpoints in `output_dir`, the newest two of which are kept"""
     resume: bool = False
     """go on with an interrupted run, from its newest whole checkpoint; start where there is none"""
+    dry_run: bool = False
+    """show the data, token counts and an estimate of the memory, then stop before any model is loaded"""
     track: Literal["tensorboard", "wandb"] | None = None
     """also send metrics there"""
 
@@ -267,6 +269,9 @@ def main(args: Args) -> None:
     common.log(f"{len(train_set)} answers, {len(heldout_set)} held out; the first, worth {train_set[0].label:+.2f}:")
     common.log(f"  prompt: {tokenizer.decode(train_set[0].prompt_ids)!r}")
     common.log(f"  answer: {tokenizer.decode(train_set[0].response_ids)!r}")
+    if args.dry_run:
+        answers = [answer.response_ids for answer in train_set]
+        return common.dry_run(args, [answer.prompt_ids for answer in train_set], answers, bytes_each=16)
 
     # ---- 3 Model -----------------------------------------------------------------------------------------------------
     gvm = common.load_value_model(args.model_path, tokenizer, torch.float32, fresh_head=True)
@@ -327,7 +332,7 @@ def main(args: Args) -> None:
             "optim/grad_norm": grad_norm.item(),
             "time/total": seconds,
             "time/tokens_per_sec": num_values / seconds,
-            "time/peak_mem_gb": common.peak_memory_gb(device),
+            "time/peak_mem_gb": torch.cuda.max_memory_allocated() / 1e9,
         }
         if heldout_set and update in (num_updates // 4, num_updates // 2, num_updates):
             half, last = heldout_values(gvm, heldout_set, tokenizer.pad_token_id, device, args)  # (answers,) each

@@ -58,7 +58,7 @@ class Args:
     reward_num_epochs: int = 3
     """passes over the preference pairs"""
     reward_learning_rate: float | None = None
-    """AdamW's peak, decayed linearly to zero; None: 2e-4, to be named for models wider than 256"""
+    """AdamW's peak, decayed linearly to zero; None: 2e-4, to be named for wider models: data, not RL, decides it"""
     reward_warmup_fraction: float = 0.1
     """share of the RM's updates in which its learning rate rises"""
     reward_batch_size: int = 32
@@ -74,7 +74,7 @@ class Args:
     learning_rate: float | None = None
     """AdamW's, decayed linearly to zero; None: 6e-4, or less for answers above 20 tokens (released code: 2e-6)"""
     critic_learning_rate: float | None = None
-    """the critic's, decayed likewise; None: half of `learning_rate`'s None"""
+    """the critic's, decayed likewise; None: half of `learning_rate`, the best ratio on the small task"""
     num_epochs: int = 2
     """passes over each rollout (released code: 4)"""
     num_minibatches: int = 2
@@ -126,9 +126,11 @@ class Args:
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
     checkpoint_every: int = 50
-    """updates between checkpoints in `output_dir`, the newest two of which are kept, and between printed samples"""
+    """updates between checkpoints in `output_dir`, the newest two of which are kept, and between samples shown"""
     resume: bool = False
     """go on with an interrupted run, from its newest whole checkpoint; start where there is none"""
+    dry_run: bool = False
+    """show the data, token counts and an estimate of the memory, then stop before any model is loaded"""
     track: Literal["tensorboard", "wandb"] | None = None
     """also send metrics there"""
 
@@ -490,7 +492,7 @@ def train_reward_model(args: Args, tokenizer, mesh, dtype: torch.dtype, device) 
             "optim/lr": scheduler.get_last_lr()[0],
             "optim/grad_norm": grad_norm.item(),
             "time/total": common.clock(device) - start,
-            "time/peak_mem_gb": common.peak_memory_gb(device),
+            "time/peak_mem_gb": torch.cuda.max_memory_allocated() / 1e9,
         }
         scheduler.step()
         if heldout_set and update in (num_updates // 4, num_updates // 2, num_updates):
@@ -506,14 +508,17 @@ def main(args: Args) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dtype = common.compute_dtype(args.dtype, device)
     small_rate = 6e-4 / max(1, (args.response_length or 20) / 20)  # longer answers, at the same rate, overshoot
-    args = common.settle(args, args.model_path, learning_rate=small_rate, critic_learning_rate=small_rate / 2,
-                         reward_learning_rate=2e-4, response_length=20)  # fmt: skip
+    by_rm = args.reward_source == "rm"
+    of_rm = {"reward_learning_rate": 2e-4} if by_rm and args.reward_path is None else {}
+    args = common.settle(args, args.model_path, learning_rate=small_rate, response_length=20, **of_rm)
+    if args.critic_learning_rate is None:
+        args = replace(args, critic_learning_rate=args.learning_rate / 2)
     run = common.Run(args, __file__)
     share = args.num_minibatches * world_size
     common.check(args.rollout_batch_size % share == 0,
                  f"--rollout-batch-size must be a multiple of {share}, --num-minibatches x processes")  # fmt: skip
     common.check(world_size % args.dp_replicate == 0, f"{world_size} processes must be a multiple of --dp-replicate")
-    output, by_rm = Path(args.output_dir), args.reward_source == "rm"
+    output = Path(args.output_dir)
     beside = output.with_name(output.name.replace("ppo", "rm") if "ppo" in output.name else output.name + "_rm")
     reward_path = (args.reward_output_dir or str(beside)) if args.reward_path is None else args.reward_path
     common.check(output.resolve() != Path(reward_path).resolve(), "--output-dir and --reward-output-dir must differ")
@@ -536,6 +541,8 @@ def main(args: Args) -> None:
     exact_score = getattr(common.load_task(args.dataset), "score", None)  # "gold", where the task has one
     common.check(exact_score or by_rm, f"--reward-source task: {args.dataset} defines no score()")
     common.log(f"{len(all_prompts)} different prompts, the first: {tokenizer.decode(all_prompts[0])!r}")
+    if args.dry_run:
+        return common.dry_run(args, all_prompts, [], bytes_each=2 * 16 + 2 * dtype.itemsize)
 
     # ---- 3 Models: two trained, two frozen ---------------------------------------------------------------------------
     if by_rm and args.reward_path is None:
@@ -575,8 +582,7 @@ def main(args: Args) -> None:
     for update in range(done + 1, args.num_updates + 1):
         # ---- 4 Rollout: each rank answers its share of the prompts, then all ranks hold all answers (a few MB) -------
         start = common.clock(device)
-        # All randomness of an update comes from (seed, update) and is drawn for the whole batch, so it depends on no
-        # earlier update and on no number of ranks; seeds are a million updates apart.
+        # All randomness of an update comes from (seed, update), for the whole batch: the number of ranks is no matter.
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + update)
         drawn = common.shuffled_batch(len(all_prompts), update, B, args.seed)
         prompts = [all_prompts[i] for i in drawn]
@@ -705,7 +711,7 @@ def main(args: Args) -> None:
             "time/update": time_update,
             "time/total": seconds,
             "time/tokens_per_sec": lengths.sum().item() / seconds,
-            "time/peak_mem_gb": common.peak_memory_gb(device),
+            "time/peak_mem_gb": torch.cuda.max_memory_allocated() / 1e9,
         }
         scheduler.step()
         critic_scheduler.step()

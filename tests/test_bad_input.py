@@ -1,6 +1,7 @@
 """A user's mistake gives one line and exit code 2, before anything is written."""
 
 import gzip
+import io
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import random
 import re
 import shutil
 import socket
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,7 @@ DATASETS = [
     ("no rejected", [{"prompt": "a", "chosen": "b"}], "columns .*prompt, chosen.* fit none of"),
     ("prompts alone", [{"prompt": "a"}], "columns .*prompt.* fit none of"),
     ("no columns", [{}], "fit none of|no rows|no data"),
+    ("a text", "Once upon a time, there was a list.\n", "no rows|no data"),
     ("empty file", "", "no rows|neither readable"),
     ("blank lines", "\n\n", "no rows|neither readable"),
     ("empty chosen", [{**PAIR, "chosen": " "}], "no row can be used here: 1 x empty answer"),
@@ -97,9 +100,10 @@ DATASETS = [
     ("an earlier conversation", [{**PAIR, "history": [["a", "b"]]}], "1 x a column 'history', which is not read"),
     ("malformed JSON", json.dumps(PAIR) + "\n{oops\n", "data.jsonl: neither readable .*JSON parse error.* in row 1"),
     ("rows that are lists", "[1, 2]\n", "fit none of"),
-    ("rows that are numbers", "7\n", "data.jsonl: neither readable"),
+    ("rows that are numbers", "7\n", "no rows|no data"),
     ("not UTF-8", b"\xff\xfe{}\n", "data.jsonl: neither readable"),
     ("binary", bytes(range(256)), "data.jsonl: neither readable"),
+    ("JSON in UTF-16", json.dumps(PAIR).encode("utf-16"), "neither readable .*'utf-8' codec can't decode"),
     ("prompts too long", [{**PAIR, "prompt": "list two animals " * 200}],
      "no prompt is left: 1 x longer than --max-prompt-length 512"),
 ]  # fmt: skip
@@ -110,14 +114,16 @@ def test_bad_datasets(name, rows, message, make, fails, tiny_model):
     fails(train_gvm, message, model_path=tiny_model, dataset=make(rows))
 
 
+with zipfile.ZipFile(SPREADSHEET := io.BytesIO(), "w") as archive:
+    archive.writestr("[Content_Types].xml", '<?xml version="1.0"?><Types/>')
+    archive.writestr("xl/worksheets/sheet1.xml", '<?xml version="1.0"?><worksheet/>')
 FILES = [
     ("malformed JSON document", "data.json", '[{"prompt": "a"},\n oops]', "neither readable here"),
     ("a JSON object", "data.json", '{"column": "a"}', "fit none of"),
     ("no gzip", "data.jsonl.gz", "plain text", "neither readable here"),
     ("half a gzip", "data.jsonl.gz", gzip.compress(json.dumps(PAIR).encode() * 99)[:-9], "neither readable here"),
     ("no parquet", "data.parquet", "plain text", "neither readable here"),
-    ("an unknown ending", "data.txt", "a,b\n", "expected .jsonl, .json, .csv, .parquet .or .gz., or a task's .py"),
-    ("an unknown ending, compressed", "data.txt.gz", "a", "expected .jsonl, .json"),
+    ("a spreadsheet", "data.xlsx", SPREADSHEET.getvalue(), "neither readable here"),
     ("a task without columns", "task.py", "def rows(split):\n    return [{'text': 'a'}]\n", "fit none of"),
     ("a task without rows", "task.py", "def rows(split):\n    return []\n", "no rows"),
 ]
@@ -439,7 +445,12 @@ def test_a_head_of_the_wrong_width(fails, tiny_model, tmp_path):
 
     AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=3).save_pretrained(tmp_path / "gvm")
     common.load_tokenizer(tiny_model).save_pretrained(tmp_path / "gvm")
-    fails(train_dvpo, "head has 3 outputs, expected 1", model_path=tiny_model, gvm_path=str(tmp_path / "gvm"))
+    fails(
+        train_dvpo,
+        "cannot load AutoModelForSequenceClassification",
+        model_path=tiny_model,
+        gvm_path=str(tmp_path / "gvm"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -549,6 +560,13 @@ def test_an_output_folder_that_cannot_be(module, where, tiny_model, tmp_path, ca
     assert re.match("error: --output-dir .*file.*: cannot be (read or )?written", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("name", ["not UTF-8 \udce9", "two\nlines"])
+def test_a_name_that_cannot_be_saved_to(name, fails, tiny_model, tmp_path):
+    """Told before anything is trained: the end, too, would tell it."""
+    fails(sft, "--output-dir .* has a character that", model_path=tiny_model, output_dir=str(tmp_path / name))
+    assert not (tmp_path / name).exists()
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_without_permission(fails, tiny_model, tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
@@ -612,12 +630,15 @@ def test_a_bad_policy_takes_nothing_from_the_good_one_before(tiny_model, tiny_gv
 
 
 # ---- What a model can hold, and what suits it ------------------------------------------------------------------------
-@pytest.mark.parametrize("module", [sft, train_gvm, train_ppo_baseline])
+@pytest.mark.parametrize("module", [sft, train_gvm, train_ppo_baseline, evaluate])
 def test_learned_positions_run_out(module, make, fails, tiny_gpt2):
     rows = [{"prompt": f"list {n} {kind}", "chosen": "dog, " * 40, "rejected": "cat, " * 40}
             for n in ("two", "three", "four", "five") for kind in ("animals", "metals", "tools", "trees")]  # fmt: skip
-    fails(module, "take up to 8[0-9] tokens, and it was made for 64: lower", model_path=tiny_gpt2,
-          dataset=make(rows), response_length=90)  # fmt: skip
+    data, model = make(rows), {"model_path": tiny_gpt2}
+    if module is evaluate:
+        data, model = f"{data}:all", {"policies": (f"a={tiny_gpt2}",), "reference_path": tiny_gpt2, "gvm_path": None}
+    fails(module, "take up to (8|9)[0-9] tokens, and it was made for 64: lower", dataset=data, response_length=90,
+          **model)  # fmt: skip
 
 
 def test_rotary_positions_run_out_and_it_is_said(fails, tiny_model, tmp_path, capsys):
@@ -633,7 +654,7 @@ def test_rotary_positions_run_out_and_it_is_said(fails, tiny_model, tmp_path, ca
     "module, flags",
     [(sft, "--learning-rate, --response-length"), (train_gvm, "--learning-rate, --response-length"),
      (train_dvpo, "--learning-rate, --response-length"), (evaluate, "--response-length"),
-     (train_ppo_baseline, "--learning-rate, --critic-learning-rate, --reward-learning-rate, --response-length")],
+     (train_ppo_baseline, "--learning-rate, --response-length, --reward-learning-rate")],
     ids=lambda x: getattr(x, "__name__", ""),
 )  # fmt: skip
 def test_a_large_model_gets_no_defaults_of_a_small_one(module, flags, fails, tiny_model, tmp_path):
@@ -644,6 +665,8 @@ def test_a_large_model_gets_no_defaults_of_a_small_one(module, flags, fails, tin
     if module is evaluate:
         model = {"policies": (f"a={tmp_path / 'large'}",)}
     fails(module, f"^error: {flags}: name what suits ", **model)
+    if module is train_ppo_baseline:  # without a reward model to train, its rate is not asked for
+        fails(module, "^error: --learning-rate, --response-length: name what suits ", reward_path=tiny_model, **model)
 
 
 def test_a_reward_model_stands_beside_its_policy(tiny_model, tmp_path):

@@ -33,9 +33,22 @@ def test_help_lists_the_flags(script):
     assert result.returncode == 0 and "--output-dir" in result.stdout and "--response-length" in result.stdout
 
 
-def test_help_into_a_closed_pipe_is_silent():
-    result = subprocess.run(f"{sys.executable} {ROOT / 'sft.py'} --help | head -n 1", shell=True, capture_output=True)
-    assert result.stdout and not result.stderr
+@pytest.mark.parametrize("module, bytes_each", [(sft, 16), (train_gvm, 16), (train_dvpo, 24), (train_ppo_baseline, 40)])
+def test_a_dry_run_shows_and_writes_nothing(module, bytes_each, tiny_model, tiny_gvm, tmp_path, capsys):
+    more = {"gvm_path": tiny_gvm} if module is train_dvpo else {}
+    module.main(module.Args(tiny_model, output_dir=str(tmp_path / "run"), dry_run=True, **more))
+    printed = capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    counts = [
+        int(line.split()[0])
+        for line in printed.splitlines()
+        if re.search("(prompts|answers) of [0-9]+ to [0-9]+ tokens", line)
+    ]
+    answers = {sft: 32_000, train_gvm: 32_000}.get(module)
+    rows = 2 * answers if answers else int(re.search("([0-9]+) different prompts", printed)[1])
+    assert "dropped prompts: none" in printed and sum(counts) == rows
+    size = sum(tensor.numel() for tensor in load_weights(tiny_model).values())
+    assert f"roughly: {bytes_each * size / 1e9:.3f} GB of weights, gradients and optimizer states" in printed
 
 
 def test_imports_have_no_side_effect(tmp_path):

@@ -12,6 +12,7 @@ hold; "peak" what torch had allocated at most (GPU) or the process held (CPU), a
 import gc
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -141,7 +142,8 @@ def measure(method: str, args: Args) -> dict:
     result = {phase: statistics.median(row[f"time/{phase}"] for row in rows) for phase in PHASES}
     lengths = statistics.mean(row["val/response_length"] for row in rows)
     device = torch.cuda.get_device_name() if cuda else "CPU, one core"
-    return {**result, "state_gb": state_bytes / 1e9, "peak_gb": rows[-1]["time/peak_mem_gb"],
+    peak = rows[-1]["time/peak_mem_gb"] if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return {**result, "state_gb": state_bytes / 1e9, "peak_gb": peak,
             "response_length": lengths, "device": device, "dtype": str(common.compute_dtype(args.dtype, torch.device(
                 "cuda" if cuda else "cpu"))).removeprefix("torch."), "torch": torch.__version__,
             "transformers": transformers.__version__}  # fmt: skip
