@@ -842,8 +842,8 @@ class Run:
         if self.writes:
             shutil.rmtree(folder, ignore_errors=True)  # one that was damaged
             folder.mkdir()
-            state = {"carried": vars(self.carried), "data": self.data}
-            state["schedulers"] = [scheduler.state_dict() for _, _, scheduler in self.trained]
+            schedulers = [scheduler.state_dict() for _, _, scheduler in self.trained]
+            state = {"carried": vars(self.carried), "data": self.data, "schedulers": schedulers}
             (folder / "state.json").write_text(json.dumps(state))
         dist.barrier()
         dcp.save(self.tensors(), checkpoint_id=folder)  # on rank 0 it returns when all have written
