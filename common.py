@@ -29,9 +29,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.distributed.checkpoint.state_dict as dcp_state
 import transformers
 import tyro
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import cached_file
 
@@ -95,6 +95,7 @@ def init_processes() -> torch.device:
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "cpu:gloo,cuda:nccl"
+        check(device.index < torch.cuda.device_count(), "--nproc_per_node: more processes than GPUs")
         torch.cuda.set_device(device)
         # The first choice on an H100, and under a padding mask its gradients can be NaN (pytorch/pytorch#196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -708,6 +709,7 @@ def dry_run(args, prompts, answers, bytes_each: int) -> None:
 # What may differ when a run is resumed: it does not change what is computed.
 FREE_SETTINGS = {"output_dir", "reward_output_dir", "resume", "checkpoint_every", "track", "dry_run", "max_kl",
                  "micro_batch_size", "rollout_micro_batch_size", "gradient_checkpointing", "dp_replicate"}  # fmt: skip
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # what a checkpoint holds of a model
 
 
 class Run:
@@ -717,8 +719,6 @@ class Run:
     `README.md` comes last and tells a finished run. `.dvpo-run` tells the folder from others. `checkpoints/step_N`
     holds sharded weights and optimizers, `state.json` and, written last, `manifest.json`: the SHA-256 of every file.
     """
-
-    TRAINED = dcp_state.StateDictOptions(ignore_frozen_params=True, strict=False)  # of models with frozen weights
 
     def __init__(self, args, script: str):
         """Look, before anything is loaded: is the folder free, finished (`self.finished`), or to be resumed?"""
@@ -776,7 +776,7 @@ class Run:
             tensors = self.tensors()
             dcp.load(tensors, checkpoint_id=self.source)
             for i, (model, optimizer, scheduler) in enumerate(trained):
-                dcp_state.set_state_dict(model, optimizer, **tensors[str(i)], options=self.TRAINED)
+                set_state_dict(model, optimizer, **tensors[str(i)], options=TRAINED)
                 scheduler.load_state_dict(state["schedulers"][i])
             vars(self.carried).update(state["carried"])
             with user_errors((OSError, ValueError, AttributeError), f"{metrics}: damaged, so the run cannot go on"):
@@ -807,7 +807,7 @@ class Run:
 
     def tensors(self) -> dict:
         """Weights and optimizer states of what is trained, as shards."""
-        parts = [dcp_state.get_state_dict(*pair, options=self.TRAINED) for *pair, _ in self.trained]
+        parts = [get_state_dict(*pair, options=TRAINED) for *pair, _ in self.trained]
         return {str(i): {"model_state_dict": m, "optim_state_dict": o} for i, (m, o) in enumerate(parts)}
 
     def log(self, update: int, metrics: dict, show: tuple[str, ...]) -> None:
@@ -842,8 +842,8 @@ class Run:
         if self.writes:
             shutil.rmtree(folder, ignore_errors=True)  # one that was damaged
             folder.mkdir()
-            state = {"carried": vars(self.carried), "data": self.data}
-            state["schedulers"] = [scheduler.state_dict() for _, _, scheduler in self.trained]
+            schedulers = [scheduler.state_dict() for _, _, scheduler in self.trained]
+            state = {"carried": vars(self.carried), "data": self.data, "schedulers": schedulers}
             (folder / "state.json").write_text(json.dumps(state))
         dist.barrier()
         dcp.save(self.tensors(), checkpoint_id=folder)  # on rank 0 it returns when all have written
@@ -853,20 +853,14 @@ class Run:
             for old in self.checkpoints()[:-2]:
                 shutil.rmtree(old)
 
-    def save(self, model, dtype: torch.dtype, tokenizer, title: str) -> None:
-        """Write model (safetensors, pairs merged), config, tokenizer, chat template and card, and end the run."""
-        whole = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state_dict = dcp_state.get_model_state_dict(model, options=whole)  # on rank 0 alone, and all must call
+    def save(self, model, state_dict: dict, tokenizer, title: str) -> None:
+        """Write model (safetensors), config, tokenizer, chat template and model card, and end the run."""
         if self.writes:
-            for name in [name for name in state_dict if name.endswith("lora_a")]:
-                a, b, weight = state_dict.pop(name), state_dict.pop(name[:-1] + "b"), name[: -len("lora_a")] + "weight"
-                state_dict[weight] = state_dict[weight].float() + b @ a
-            state_dict = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-                          for name, tensor in state_dict.items()}  # fmt: skip
             if model.config.tie_word_embeddings:
                 state_dict.pop("lm_head.weight", None)  # it is the embedding, stored once
             bad = [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]
             check(not bad, f"{self.folder}: not saved, as {', '.join(bad[:3])} is not finite")
+            dtype = next(iter(state_dict.values())).dtype
             model.save_pretrained(self.folder, state_dict=state_dict)  # empties the dict
             model.config.dtype = dtype  # not that of the fp32 model that was trained
             model.config.save_pretrained(self.folder)

@@ -2,6 +2,7 @@
 
     python evaluate.py                                                         # sft and dvpo on the embedded task
     python evaluate.py sft=runs/sft dvpo=runs/dvpo other=some/folder --dataset DATA --response-length 640
+    python evaluate.py --value-guided 0.1 --top-k 4                            # each step steered by the GVM
 
 For each policy: gold score, where a task has an exact one, the GVM's verdict, KL to the reference, answer length, how
 often the answer ends by itself, and how often it beats the first policy on the same prompt. For the GVM: how often it
@@ -32,8 +33,7 @@ import torch.distributed as dist
 import tyro
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import StaticLayer
+from transformers import DynamicCache
 
 import common
 
@@ -70,6 +70,10 @@ class Args:
     """tokens; longer answers are cut; None: 20, to be named for models wider than 256"""
     temperature: float = 1.0
     """of sampling and of log-probs; 0 samples greedily, with log-probs at 1; MT-Bench sets its own"""
+    top_k: int | None = None
+    """sample from the K likeliest tokens alone; None: from all"""
+    value_guided: float | None = None
+    """BETA: sample from pi(a) exp(V(s, a) / BETA) over the `--top-k` tokens, V being the GVM, as in 0.1; None: pi"""
     show: int | None = None
     """print the token values of answers to so many prompts and of so many held-out pairs, in colour"""
 
@@ -139,34 +143,6 @@ def add_methods(model, *functions):
     return model
 
 
-# Copied from train_dvpo.generate
-@torch.no_grad()  # not inference_mode: the next training step would raise
-def generate(model, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, temperature: float):
-    """Sample answers from a sharded policy, whose method this is, without any communication per token.
-
-    `prompt_ids`, `prompt_mask (B, P)` left-padded; `uniforms (B, R)` in [0, 1), one per token to sample, so that
-    an answer does not depend on the number of ranks; `end_ids (E,)` end an answer. Returns `response_ids` and
-    `response_mask (B, R)`, the ending token inside the mask, `pad_id` after it.
-    """
-    R = uniforms.shape[1]
-    response_ids = torch.full_like(uniforms, pad_id, dtype=prompt_ids.dtype)  # (B, R)
-    response_mask = torch.zeros_like(response_ids, dtype=torch.bool)
-    running = torch.ones_like(response_mask[:, 0])  # (B,) has not ended yet
-    with whole_weights(model):
-        read, tokens = reader(model, prompt_mask, R), prompt_ids
-        for t in range(R):
-            cumulative = torch.softmax(read(tokens) / temperature, 1).cumsum(1)  # (B, V)
-            threshold = uniforms[:, t, None] * cumulative[:, -1:]
-            sampled = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=cumulative.shape[1] - 1)
-            response_ids[:, t] = torch.where(running, sampled, pad_id)
-            response_mask[:, t] = running
-            running = running & ~torch.isin(sampled, end_ids)
-            if not running.any():
-                break
-            tokens = response_ids[:, t : t + 1]  # (B, 1)
-    return response_ids, response_mask
-
-
 # Copied from train_dvpo.whole_weights
 @contextlib.contextmanager
 def whole_weights(model):
@@ -183,68 +159,6 @@ def whole_weights(model):
             unit.reshard()
 
 
-# Copied from train_dvpo.reader
-def reader(model, prompt_mask, R: int):
-    """`read(tokens)` takes the next tokens `(B, N)` into a key-value cache and returns the logits `(B, V)` after them.
-
-    The prompts come first, masked by `prompt_mask (B, P)`, then at most `R` tokens one by one.
-    """
-    P = prompt_mask.shape[1]
-    attention_mask = torch.nn.functional.pad(prompt_mask, (0, R), value=True)  # (B, P + R)
-    positions = common.position_ids(attention_mask)
-    cache = key_value_cache(model, P + R)
-    static, num_read = isinstance(cache, StaticCache), 0
-
-    def step(tokens, mask, places):
-        hidden = model.base_model(
-            tokens, attention_mask=mask, position_ids=places, use_cache=True, **{common.CACHE: cache}
-        )
-        return project(hidden.last_hidden_state[:, -1], model.get_output_embeddings().weight)  # (B, V)
-
-    def read(tokens):
-        nonlocal step, num_read
-        start, num_read = num_read, num_read + tokens.shape[1]
-        mask = attention_mask if static else attention_mask[:, :num_read]  # as wide as the cache
-        inputs = tokens, mask, positions[:, start:num_read]
-        if static and start == P + 1:  # the first step of one token has warmed up what a graph cannot
-            step = replayed(step, inputs)
-        return step(*inputs)
-
-    return read
-
-
-# Copied from train_dvpo.replayed
-def replayed(step, inputs):
-    """`step`, for tensors of the shapes of `inputs`, as a CUDA graph: its many launches take longer than the work."""
-    inputs, graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's threads may go on meanwhile
-        output = step(*inputs)
-
-    def replay(*tensors):
-        for place, tensor in zip(inputs, tensors):
-            place.copy_(tensor)
-        graph.replay()
-        return output
-
-    return replay
-
-
-# Copied from train_dvpo.key_value_cache
-def key_value_cache(model, length: int) -> DynamicCache | StaticCache:
-    """An empty cache for `length` tokens: a static one on a GPU, where `replayed` can repeat a model's step.
-
-    That is where Python decides nothing in it: no sliding window, no experts, a plain SDPA mask.
-    """
-    config = model.config
-    plain = model._can_compile_fullgraph and config._attn_implementation == "sdpa"
-    experts = any("expert" in name for name, _ in model.named_modules())
-    if model.device.type == "cuda" and plain and not experts:
-        cache = StaticCache(config, max_cache_len=length)
-        if all(type(layer) is StaticLayer for layer in cache.layers):
-            return cache
-    return DynamicCache(config=config)
-
-
 # Copied from train_gvm.token_values
 def token_values(model, input_ids, attention_mask, response_mask) -> torch.Tensor:
     """Values `(B, R + 1)` in fp32: column 0 after the last prompt token, column t after response token t.
@@ -257,6 +171,91 @@ def token_values(model, input_ids, attention_mask, response_mask) -> torch.Tenso
         input_ids, attention_mask=attention_mask, position_ids=common.position_ids(attention_mask), use_cache=False
     ).last_hidden_state[:, -R - 1 :]  # (B, R + 1, H)
     return hidden.float() @ model.score.weight[0].float()
+
+
+def read(model, tokens, mask, cache):
+    """Take the next `tokens (B, N)` into a key-value cache; returns the last one's hidden state `(B, H)`.
+
+    `mask (B, P + t)` is False where the cache or `tokens` have padding.
+    """
+    places = common.position_ids(mask)[:, -tokens.shape[1] :]
+    return model.base_model(
+        tokens, attention_mask=mask, position_ids=places, use_cache=True, **{common.CACHE: cache}
+    ).last_hidden_state[:, -1]
+
+
+def next_logits(model, tokens, mask, cache):
+    """Logits `(B, V)` of what follows the tokens."""
+    return project(read(model, tokens, mask, cache), model.get_output_embeddings().weight)
+
+
+def next_values(model, tokens, mask, cache):
+    """Value `(B,)` of the answers up to the last of the tokens, in fp32."""
+    return read(model, tokens, mask, cache).float() @ model.score.weight[0].float()
+
+
+@torch.no_grad()
+def generate(policy, guide, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, args: Args):
+    """Sample answers as `train_dvpo.generate` does, or from its distribution cut by `--top-k` and tilted towards what
+    the value model `guide`, if there is one, thinks good: q(a) ~ pi(a) exp(V(s, a) / BETA).
+
+    Returns `response_ids`, `response_mask (B, R)` and `tilt (B, R)`: log q(a_t) - log pi(a_t), zero without either.
+    Evaluation is no hot loop: no CUDA graph here, one plain step per token.
+    """
+    B, R = uniforms.shape
+    response_ids = torch.full_like(uniforms, pad_id, dtype=prompt_ids.dtype)  # (B, R)
+    response_mask, tilt = torch.zeros_like(response_ids, dtype=torch.bool), torch.zeros_like(uniforms)
+    running = torch.ones_like(response_mask[:, 0])  # (B,) has not ended yet
+    cache, tokens, mask = DynamicCache(config=policy.config), prompt_ids, prompt_mask
+    with whole_weights(policy), whole_weights(guide) if guide else contextlib.nullcontext():
+        if guide:
+            guide_cache = DynamicCache(config=guide.config)
+            guide.next_values(prompt_ids, prompt_mask, guide_cache)
+        for t in range(R):
+            logits = scores = policy.next_logits(tokens, mask, cache) / (args.temperature or 1.0)  # (B, V)
+            mask = torch.nn.functional.pad(mask, (0, 1), value=True)  # (B, P + t + 1)
+            if args.top_k:
+                best, candidates = logits.topk(min(args.top_k, logits.shape[1]))  # (B, K)
+                K = candidates.shape[1]
+                if guide:  # it reads each candidate after an answer's cache of its own
+                    guide_cache.batch_repeat_interleave(K)
+                    values = guide.next_values(candidates.view(-1, 1), mask.repeat_interleave(K, 0), guide_cache)
+                    best = best + values.view(B, K) / args.value_guided
+                scores = torch.full_like(logits, -torch.inf).scatter(1, candidates, best)
+            if args.temperature:
+                cumulative = torch.softmax(scores, 1).cumsum(1)  # (B, V)
+                threshold = uniforms[:, t, None] * cumulative[:, -1:]
+                sampled = torch.searchsorted(cumulative, threshold, right=True).clamp(max=scores.shape[1] - 1)  # (B, 1)
+            else:
+                sampled = scores.argmax(1, keepdim=True)
+            log_ratio = (scores.log_softmax(1) - logits.log_softmax(1)).gather(1, sampled)
+            if guide:
+                chosen = (candidates == sampled).int().argmax(1)  # (B,)
+                guide_cache.batch_select_indices(torch.arange(B, device=chosen.device) * K + chosen)
+            response_ids[:, t] = torch.where(running, sampled[:, 0], pad_id)
+            response_mask[:, t] = running
+            tilt[:, t] = torch.where(running, log_ratio[:, 0], 0.0)
+            running = running & ~torch.isin(sampled[:, 0], end_ids)
+            if not running.any():
+                break
+            tokens = response_ids[:, t : t + 1]  # (B, 1)
+    return response_ids, response_mask, tilt
+
+
+def load_policy(path: str, tokenizer, mesh, dtype: torch.dtype):
+    """A frozen, sharded policy."""
+    policy = common.load_policy(path, tokenizer, dtype).eval().requires_grad_(False)
+    return add_methods(shard(policy, mesh, dtype), token_logprobs, next_logits)
+
+
+def load_gvm(path: str, tokenizer, mesh, dtype: torch.dtype, args: Args):
+    """The frozen, sharded GVM, which must read the tokens of the policy at `path`."""
+    common.check_same_tokenizer(path, tokenizer, args.gvm_path)
+    gvm = common.load_value_model(args.gvm_path, tokenizer, dtype, fresh_head=False).eval().requires_grad_(False)
+    gvm.config.num_context_trajectories = getattr(gvm.config, "num_context_trajectories", 0)
+    common.check(not (args.value_guided and gvm.config.num_context_trajectories), f"--value-guided: {args.gvm_path} is "
+                 "conditioned on other answers, and there are none yet: name a GVM that is not")  # fmt: skip
+    return add_methods(shard(gvm, mesh, dtype), token_values, next_values)
 
 
 # ---- Held-out answers of a dataset, behind their context -------------------------------------------------------------
@@ -403,11 +402,10 @@ def interval(x: torch.Tensor, resamples: int = 2_000) -> dict[str, float]:
 
 
 @torch.no_grad()
-def sample(name, policy, reference, gvm, prompts: list[list[int]], end_ids, pad_id: int, device, args: Args) -> dict:
-    """One answer to each of `prompts`: `response_ids`, `response_mask (B, R)`, and `kl`, `ended`, `scores (B,)`.
+def sample(name, policy, reference, guide, prompts: list[list[int]], end_ids, pad_id: int, device, args: Args) -> dict:
+    """One answer to each of `prompts`: `response_ids`, `response_mask (B, R)`, and `kl`, `ended (B,)`.
 
-    `scores` is the GVM's value of the finished answer, conditioned on this policy's own other answers where the GVM was
-    trained so; absent without a GVM. Ranks share the work.
+    `kl` to the reference is that of what was sampled from, cut and guided or not. Ranks share the work.
     """
     # The same for every policy: with common luck, they differ by what they learned.
     uniforms = torch.rand(len(prompts), args.response_length, generator=torch.Generator().manual_seed(args.seed))
@@ -415,24 +413,23 @@ def sample(name, policy, reference, gvm, prompts: list[list[int]], end_ids, pad_
     parts = []
     for rows in mine.split(args.micro_batch_size):
         prompt_ids, prompt_mask = (x.to(device) for x in common.pad([prompts[i] for i in rows], pad_id, "left"))
-        response_ids, response_mask = policy.generate(
-            prompt_ids, prompt_mask, uniforms[rows].to(device), end_ids, pad_id, args.temperature or 1e-4
+        response_ids, response_mask, tilt = generate(
+            policy, guide, prompt_ids, prompt_mask, uniforms[rows].to(device), end_ids, pad_id, args
         )
-        batch = torch.cat([prompt_ids, response_ids], 1), torch.cat([prompt_mask, response_mask], 1), response_mask
-        batch = common.crop(*batch)
-        logprobs, _ = policy.token_logprobs(*batch, args.temperature or 1.0)  # (rows, r), r at most R
-        ref_logprobs, _ = reference.token_logprobs(*batch, args.temperature or 1.0)
-        kl = (logprobs - ref_logprobs).sum(1)  # (rows,)
+        kl = tilt.sum(1)  # (rows,)
+        if reference:  # an export needs no KL
+            batch = torch.cat([prompt_ids, response_ids], 1), torch.cat([prompt_mask, response_mask], 1), response_mask
+            batch = common.crop(*batch)
+            logprobs, _ = policy.token_logprobs(*batch, args.temperature or 1.0)  # (rows, r), r at most R
+            ref_logprobs, _ = reference.token_logprobs(*batch, args.temperature or 1.0)
+            kl += (logprobs - ref_logprobs).sum(1)
         ended = torch.isin(response_ids.gather(1, response_mask.sum(1, keepdim=True) - 1)[:, 0], end_ids)
         parts.append((response_ids, response_mask, kl, ended))
     names = ("response_ids", "response_mask", "kl", "ended")
     answers = {n: common.all_gather(torch.cat(p))[: len(prompts)].cpu() for n, p in zip(names, zip(*parts))}
     common.check(answers["kl"].isfinite().all(), f"{name}: its log-probs or the reference's are not finite")
     rows = zip(prompts, answers["response_ids"], answers["response_mask"])
-    judged = answers["judged"] = [Answer(prompt, ids[mask].tolist(), 0.0, "policy") for prompt, ids, mask in rows]
-    if gvm is not None:
-        answers["scores"] = heldout_statistics(gvm, judged, pad_id, device, args)["last"]
-        common.check(answers["scores"].isfinite().all(), f"{args.gvm_path}: its values are not finite")
+    answers["judged"] = [Answer(prompt, ids[mask].tolist(), 0.0, "policy") for prompt, ids, mask in rows]
     return answers
 
 
@@ -478,19 +475,20 @@ def export(paths: dict[str, str], mesh, dtype: torch.dtype, device, args: Args) 
             file.parent.mkdir(parents=True, exist_ok=True)
     for name, path in paths.items():
         tokenizer = common.load_tokenizer(path)
-        policy = common.load_policy(path, tokenizer, dtype).eval().requires_grad_(False)
+        policy = load_policy(path, tokenizer, mesh, dtype)
+        guide = load_gvm(path, tokenizer, mesh, dtype, args) if args.value_guided else None
         end_ids = torch.tensor(policy.generation_config.eos_token_id, device=device)  # (E,)
-        policy = add_methods(shard(policy, mesh, dtype), token_logprobs, generate)
         chats, num_cut = [[] for _ in questions], 0
         for turn in range(len(turns[0])):  # the second one's prompt holds the policy's own first answer
             for chat, asked in zip(chats, turns):
                 chat.append({"role": "user", "content": asked[turn]})
-            prompts = [common.tokenize_prompt(tokenizer, chat) for chat in chats]  # all: a judge takes no part
+            with common.user_errors(common.UserError, f"{name}: a question is not as its chat template takes them"):
+                prompts = [common.tokenize_prompt(tokenizer, chat) for chat in chats]  # all: a judge takes no part
             common.check_positions(path, policy, max(map(len, prompts)) + args.response_length)
-            for temperature in sorted(set(temperatures)):  # KL is not asked for: the policy is its own reference
+            for temperature in sorted(set(temperatures)):
                 rows = [i for i, its in enumerate(temperatures) if its == temperature]
                 settings = replace(args, seed=args.seed + turn, temperature=temperature)
-                answers = sample(name, policy, policy, None, [prompts[i] for i in rows], end_ids,
+                answers = sample(name, policy, None, guide, [prompts[i] for i in rows], end_ids,
                                  tokenizer.pad_token_id, device, settings)  # fmt: skip
                 num_cut += (~answers["ended"]).sum().item()
                 for i, ids, mask in zip(rows, answers["response_ids"], answers["response_mask"]):
@@ -502,7 +500,7 @@ def export(paths: dict[str, str], mesh, dtype: torch.dtype, device, args: Args) 
         if dist.get_rank() == 0:
             files[name].write_text(text + "\n")
         common.log(f"wrote {files[name]}: {len(rows)} questions, {num_cut} answers cut to --response-length")
-        del policy
+        del policy, guide
         gc.collect()  # as in `main`
     common.end_processes()
 
@@ -672,6 +670,10 @@ def main(args: Args) -> None:
     paths = dict(policy.split("=", 1) for policy in args.policies)
     common.check(len(paths) == len(args.policies), "two policies have the same name")
     args = common.settle(args, next(iter(paths.values())), response_length=20)
+    if args.value_guided is not None:
+        common.check(args.value_guided > 0, "--value-guided 0: name a BETA above 0, as in 0.1")
+        common.check(args.top_k, "--value-guided needs --top-k, the number of tokens to judge at each step, as in 8")
+        common.check(args.gvm_path, "--value-guided needs a value model: --gvm-path")
     if args.export:
         return export(paths, mesh, dtype, device, args)
 
@@ -694,17 +696,10 @@ def main(args: Args) -> None:
     common.log(f"{len(prompts)} held-out prompts x {args.samples_per_prompt} answers")
 
     # ---- 3 Models that judge -----------------------------------------------------------------------------------------
-    def frozen(model):
-        common.check_positions(model.name_or_path, model, max(map(len, prompts)) + args.response_length)
-        return shard(model.eval().requires_grad_(False), mesh, dtype)
-
-    reference = add_methods(frozen(common.load_policy(args.reference_path, tokenizer, dtype)), token_logprobs)
-    gvm, results = None, {"args": asdict(args), "policies": {}}
-    if args.gvm_path:
-        common.check_same_tokenizer(args.reference_path, tokenizer, args.gvm_path)
-        gvm = common.load_value_model(args.gvm_path, tokenizer, dtype, fresh_head=False)
-        gvm.config.num_context_trajectories = getattr(gvm.config, "num_context_trajectories", 0)
-        gvm = add_methods(frozen(gvm), token_values)
+    reference = load_policy(args.reference_path, tokenizer, mesh, dtype)
+    gvm = load_gvm(args.reference_path, tokenizer, mesh, dtype, args) if args.gvm_path else None
+    results, longest = {"args": asdict(args), "policies": {}}, max(map(len, prompts)) + args.response_length
+    common.check_positions(args.reference_path, reference, longest)
 
     rated = [e for e in heldout if e.rejected and e.chosen.strip() and e.rejected.strip() and e.chosen != e.rejected]
     known = all(e.chosen_policy and e.rejected_policy for e in rated)
@@ -720,13 +715,18 @@ def main(args: Args) -> None:
     examples = [(spoken(messages), []) for messages in asked[:: args.samples_per_prompt][: args.show or 6]]
     baseline, written = None, []
     for name, path in paths.items():
-        policy = frozen(common.load_policy(path, tokenizer, dtype))
+        policy = load_policy(path, tokenizer, mesh, dtype)
+        common.check_positions(path, policy, longest)
         end_ids = torch.tensor(policy.generation_config.eos_token_id, device=device)  # (E,)
-        policy = add_methods(policy, token_logprobs, generate)
-        answers = sample(name, policy, reference, gvm, repeated, end_ids, tokenizer.pad_token_id, device, args)
+        guide = gvm if args.value_guided else None
+        answers = sample(name, policy, reference, guide, repeated, end_ids, tokenizer.pad_token_id, device, args)
         texts = [tokenizer.decode(answer.response_ids, skip_special_tokens=True) for answer in answers["judged"]]
         row = results["policies"][name] = {"path": path}
-        verdicts = {} if gvm is None else {"gvm_score": by_prompt(answers["scores"])}
+        verdicts = {}
+        if gvm is not None:  # it judges finished answers, behind the policy's own others where it was trained so
+            scores = heldout_statistics(gvm, answers["judged"], tokenizer.pad_token_id, device, args)["last"]
+            common.check(scores.isfinite().all(), f"{args.gvm_path}: its values are not finite")
+            verdicts["gvm_score"] = by_prompt(scores)
         if exact_score:
             verdicts["gold"] = by_prompt(torch.tensor(list(map(exact_score, asked, texts))))
         row.update({judge: interval(verdict) for judge, verdict in verdicts.items()})

@@ -1,15 +1,17 @@
 """LoRA, arXiv:2106.09685: training low-rank pairs beside a model's frozen weights.
 
-    lora.prepare(policy, args)      # before it is sharded
+    lora.prepare(policy, args)      # before it is sharded; without LoRA, too
     with lora.off(policy): ...      # the policy as it was: the KL reference, for which no second model is loaded
+    lora.merged(policy, dtype)      # the state of a standard model, with or without LoRA
 
-A policy that is its own reference takes 2 bytes a parameter instead of 18, where the base is in bf16. `common.Run`
-writes the pairs alone into checkpoints, and at the end the merged model.
+A policy that is its own reference takes 2 bytes a parameter instead of 18, where the base is in bf16. Checkpoints hold
+the pairs alone.
 """
 
 import contextlib
 
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import common
 
@@ -50,3 +52,12 @@ def off(model):
     model.lora_on = False
     yield
     model.lora_on = True
+
+
+def merged(model, dtype: torch.dtype) -> dict:
+    """The whole model, pairs merged, on rank 0's CPU in `dtype`, empty on other ranks; every rank must call."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    for name in [name for name in state if name.endswith("lora_a")]:
+        a, b, weight = state.pop(name), state.pop(name[:-1] + "b"), name[: -len("lora_a")] + "weight"
+        state[weight] = state[weight].float() + b @ a
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}

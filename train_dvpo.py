@@ -50,7 +50,7 @@ class Args:
     num_updates: int = 300
     """updates, each one rollout and `num_epochs` passes over it"""
     learning_rate: float | None = None
-    """AdamW's, decayed linearly to zero; None: 6e-4, to be named for models wider than 256 (released code: 2e-6)"""
+    """AdamW's, decayed linearly to zero; None: 6e-4, or less for answers above 20 tokens (released code: 2e-6)"""
     num_epochs: int = 2
     """passes over each rollout (released code: 4)"""
     num_minibatches: int = 2
@@ -391,7 +391,8 @@ def main(args: Args) -> None:
     device = common.init_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dtype = common.compute_dtype(args.dtype, device)
-    args = common.settle(args, args.model_path, learning_rate=6e-4, response_length=20)
+    small_rate = 6e-4 / max(1, (args.response_length or 20) / 20)  # longer answers, at the same rate, overshoot
+    args = common.settle(args, args.model_path, learning_rate=small_rate, response_length=20)
     run = common.Run(args, __file__)
     share = args.num_minibatches * world_size
     common.check(args.rollout_batch_size % share == 0,
@@ -430,7 +431,6 @@ def main(args: Args) -> None:
     # eps as in CleanRL's PPO: where gradients are tiny, steps are, too.
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
     scheduler = get_linear_schedule_with_warmup(optimizer, 0, args.num_updates)
-
     trained = [(policy, optimizer, scheduler)]
     data = common.fingerprint(all_prompts, args.model_path, args.gvm_path)
     done, carried = run.start(trained, args.num_updates, data, kl_coef=args.kl_coef, usual_surprise=None)
@@ -588,7 +588,7 @@ def main(args: Args) -> None:
         run.checkpoint(update)
 
     # ---- 8 Save ------------------------------------------------------------------------------------------------------
-    run.save(policy, dtype, tokenizer, "Policy trained by DVPO")
+    run.save(policy, lora.merged(policy, dtype), tokenizer, "Policy trained by DVPO")
     common.log(f"next: python evaluate.py sft={args.model_path} dvpo={args.output_dir} --reference-path "
                f"{args.model_path} --gvm-path {args.gvm_path} --dataset {args.dataset} --response-length "
                f"{args.response_length}")  # fmt: skip

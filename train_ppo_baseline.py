@@ -72,7 +72,7 @@ class Args:
     num_updates: int = 300
     """updates, each one rollout and `num_epochs` passes over it"""
     learning_rate: float | None = None
-    """AdamW's, decayed linearly to zero; None: 6e-4, to be named for models wider than 256 (released code: 2e-6)"""
+    """AdamW's, decayed linearly to zero; None: 6e-4, or less for answers above 20 tokens (released code: 2e-6)"""
     critic_learning_rate: float | None = None
     """the critic's, decayed likewise; None: half of `learning_rate`, the best ratio on the small task"""
     num_epochs: int = 2
@@ -493,7 +493,7 @@ def train_reward_model(args: Args, tokenizer, mesh, dtype, trained_dtype, device
             metrics["rm/pair_accuracy"] = pair_accuracy(rm, heldout_set, tokenizer.pad_token_id, device, args)
         run.log(update, metrics, ("rm/loss", "rm/pair_accuracy", "optim/lr"))
         run.checkpoint(update)
-    run.save(rm, dtype, tokenizer, "Reward model (Bradley-Terry)")
+    run.save(rm, lora.merged(rm, dtype), tokenizer, "Reward model (Bradley-Terry)")
 
 
 def main(args: Args) -> None:
@@ -501,15 +501,17 @@ def main(args: Args) -> None:
     device = common.init_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dtype = common.compute_dtype(args.dtype, device)
-    of_rm = {"reward_learning_rate": 2e-4} if args.reward_path is None else {}
-    args = common.settle(args, args.model_path, learning_rate=6e-4, response_length=20, **of_rm)
+    small_rate = 6e-4 / max(1, (args.response_length or 20) / 20)  # longer answers, at the same rate, overshoot
+    by_rm = args.reward_source == "rm"
+    of_rm = {"reward_learning_rate": 2e-4} if by_rm and args.reward_path is None else {}
+    args = common.settle(args, args.model_path, learning_rate=small_rate, response_length=20, **of_rm)
     if args.critic_learning_rate is None:
         args = replace(args, critic_learning_rate=args.learning_rate / 2)
     run = common.Run(args, __file__)
     share = args.num_minibatches * world_size
     common.check(args.rollout_batch_size % share == 0,
                  f"--rollout-batch-size must be a multiple of {share}, --num-minibatches x processes")  # fmt: skip
-    output, by_rm = Path(args.output_dir), args.reward_source == "rm"
+    output = Path(args.output_dir)
     beside = output.with_name(output.name.replace("ppo", "rm") if "ppo" in output.name else output.name + "_rm")
     reward_path = (args.reward_output_dir or str(beside)) if args.reward_path is None else args.reward_path
     common.check(output.resolve() != Path(reward_path).resolve(), "--output-dir and --reward-output-dir must differ")
@@ -534,8 +536,7 @@ def main(args: Args) -> None:
     common.check(exact_score or by_rm, f"--reward-source task: {args.dataset} defines no score()")
     common.log(f"{len(all_prompts)} different prompts, the first: {tokenizer.decode(all_prompts[0])!r}")
     if args.dry_run:
-        bytes_each = 3 * dtype.itemsize if args.lora_rank else 2 * 16 + 2 * dtype.itemsize
-        return common.dry_run(args, all_prompts, [], bytes_each)
+        return common.dry_run(args, all_prompts, [], 3 * dtype.itemsize if args.lora_rank else 32 + 2 * dtype.itemsize)
 
     # ---- 3 Models: two trained, two frozen ---------------------------------------------------------------------------
     trained_dtype = dtype if args.lora_rank else torch.float32
@@ -563,7 +564,6 @@ def main(args: Args) -> None:
                                          fused=True)  # fmt: skip
     scheduler = get_linear_schedule_with_warmup(optimizer, 0, args.num_updates)
     critic_scheduler = get_linear_schedule_with_warmup(critic_optimizer, 0, args.num_updates)
-
     trained = [(policy, optimizer, scheduler), (critic, critic_optimizer, critic_scheduler)]
     data = common.fingerprint(all_prompts, args.model_path, critic_path, *[reward_path] * by_rm)
     done, carried = run.start(trained, args.num_updates, data, kl_coef=args.kl_coef, usual_surprise=None)
@@ -728,7 +728,7 @@ def main(args: Args) -> None:
         run.checkpoint(update)
 
     # ---- 8 Save ------------------------------------------------------------------------------------------------------
-    run.save(policy, dtype, tokenizer, "Policy trained by PPO (baseline of DVPO)")
+    run.save(policy, lora.merged(policy, dtype), tokenizer, "Policy trained by PPO (baseline of DVPO)")
     common.log(f"next: python evaluate.py sft={args.model_path} ppo={args.output_dir} --reference-path "
                f"{args.model_path} --gvm-path None --dataset {args.dataset} --response-length "
                f"{args.response_length}")  # fmt: skip

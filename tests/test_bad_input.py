@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import math
 import os
 import random
 import re
@@ -512,6 +513,19 @@ def test_bad_evaluations(policies, message, fails, tiny_model):
     fails(evaluate, message, policies=policies, reference_path=tiny_model, gvm_path=None)
 
 
+@pytest.mark.parametrize("settings, message", [
+    ({"value_guided": 0.1}, "--value-guided needs --top-k, .*as in 8"),
+    ({"value_guided": 0.0, "top_k": 8}, "--value-guided 0: name a BETA above 0"),
+    ({"value_guided": -1.0, "top_k": 8}, "--value-guided -1.0 must be at least 0 and finite"),
+    ({"value_guided": math.inf, "top_k": 8}, "--value-guided inf must be at least 0 and finite"),
+    ({"value_guided": 0.1, "top_k": 8, "gvm_path": None}, "--value-guided needs a value model: --gvm-path"),
+    ({"top_k": 0}, "--top-k 0 must be at least 1"),
+])  # fmt: skip
+def test_bad_guides(settings, message, fails, tiny_model, tiny_gvm):
+    fails(evaluate, message, **{"policies": (f"a={tiny_model}",), "reference_path": tiny_model, "gvm_path": tiny_gvm,
+                                **settings})  # fmt: skip
+
+
 def test_nothing_is_held_out(make, fails, tiny_model):
     prompt = next(f"list {i}" for i in range(999) if random.Random(f"list {i}").random() >= 0.05)
     fails(evaluate, "is held out; .*:all takes all", policies=(f"a={tiny_model}",), reference_path=tiny_model,
@@ -524,8 +538,9 @@ def test_a_conditioned_gvm_must_know_who_wrote_the_pairs(make, fails, tiny_model
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_context_trajectories": 1}))
     monkeypatch.delattr(evaluate, "generate")
-    fails(evaluate, "must have chosen_policy", policies=(f"a={tiny_model}",), reference_path=tiny_model,
-          gvm_path=str(folder), dataset=make([PAIR]) + ":train")  # fmt: skip
+    settings = {"policies": (f"a={tiny_model}",), "reference_path": tiny_model, "gvm_path": str(folder)}
+    fails(evaluate, "must have chosen_policy", **settings, dataset=make([PAIR]) + ":train")
+    fails(evaluate, "--value-guided: .*gvm is conditioned on other answers", **settings, value_guided=0.1, top_k=8)
 
 
 def test_a_policy_that_is_not_finite_wins_nothing(fails, tiny_model, tmp_path):

@@ -632,7 +632,7 @@ def test_preferences_are_bradley_terry_in_the_gold_score():
 
 
 # ---- Chains: longer answers of a set length --------------------------------------------------------------------------
-CHAIN = "1 fruits apple, pear and lemon. 2 cities cairo, rome and london. 3 animals wolf, horse and cat."
+CHAIN = "1 trees oak, elm and pine. 2 cities cairo, rome and lima. 3 animals wolf, horse and cat."
 
 
 @pytest.mark.parametrize(
@@ -641,23 +641,22 @@ CHAIN = "1 fruits apple, pear and lemon. 2 cities cairo, rome and london. 3 anim
         (0, CHAIN),
         (1, CHAIN.replace("wolf", "dog")),  # excluded
         (1, CHAIN.replace("rome", "tin")),  # of another kind
-        (1, CHAIN.replace("pear", "apple")),  # named before
-        (1, CHAIN.replace("horse and cat", "horse and cow")),  # does not lead back to fruits
-        (1, CHAIN.replace("rome and london", "rome and paris")),  # which leads to cities, not to animals
+        (1, CHAIN.replace("elm", "oak")),  # named before
         (1, CHAIN.replace("3 animals", "4 animals")),  # badly written
-        (2, CHAIN.replace(" 3 animals wolf, horse and cat.", "")),  # one list is missing, and there is no way back
-        (2, CHAIN.replace("cities cairo, rome", "tools saw, file")),  # an excluded kind, and an item that is not of it
-        (4, ""),  # three lists are missing, and there is no way back
+        (1, CHAIN.replace("trees oak, elm and pine", "metals tin, lead and iron")),  # cities do not follow on metals
+        (4, CHAIN.replace(" 3 animals wolf, horse and cat.", "")),  # one list is missing, and the end is wrong
+        (4, CHAIN + " 4 fruits pear, fig and plum."),  # one list too many, and the end is wrong
+        (6, ""),  # three lists are missing, and the end
     ],
 )
 def test_faults_of_a_chain(faults, answer, monkeypatch):
-    monkeypatch.setenv("CHAIN_LISTS", "4")
+    monkeypatch.setenv("CHAIN_LISTS", "4")  # a fault costs a quarter
     task = common.load_task("tests/tasks/chains.py")
-    question = "chain 3, never tools, not the zinc or the dog"
-    assert (1.0 - task.score(USER_TEXT(question), answer)) / 0.25 == faults
+    question = "chain 3 to animals, not the zinc or the dog"
+    assert task.score(USER_TEXT(question), answer) == max(-1.0, 1.0 - 0.25 * faults)
 
 
-@pytest.mark.parametrize("lists, shortest, longest", [(1, 8, 10), (8, 55, 75), (31, 235, 260)])
+@pytest.mark.parametrize("lists, shortest, longest", [(1, 8, 11), (8, 55, 75), (31, 235, 260)])
 def test_chains_have_the_length_that_is_asked_for(lists, shortest, longest, monkeypatch):
     monkeypatch.setenv("CHAIN_LISTS", str(lists))
     task = common.load_task("tests/tasks/chains.py")

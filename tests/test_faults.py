@@ -22,6 +22,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import common
+import lora
 import sft
 import train_dvpo
 import train_gvm
@@ -494,9 +495,8 @@ def test_a_damaged_log_is_refused(damage, stopped):
 
 
 def test_a_model_that_is_not_finite_is_not_saved(settings, tmp_path, monkeypatch):
-    whole = common.dcp_state.get_model_state_dict
-    spoilt = lambda *args, **more: {name: tensor * torch.nan for name, tensor in whole(*args, **more).items()}
-    monkeypatch.setattr(common.dcp_state, "get_model_state_dict", spoilt)
+    merged = lora.merged
+    monkeypatch.setattr(lora, "merged", lambda *args: {k: v * torch.nan for k, v in merged(*args).items()})
     with pytest.raises(common.UserError, match="not saved, as .* is not finite"):
         train("sft", settings("sft", tmp_path / "run"))
     assert not (tmp_path / "run" / "model.safetensors").exists()

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 import common
+import evaluate
 import train_dvpo
 
 
@@ -171,6 +172,94 @@ def test_weights_are_gathered_once_per_rollout_not_once_per_token(tiny_model):
             rollout(policy, PROMPTS, torch.zeros(3, length) + 0.5, end=-1)
         gathers.append(collectives.count)
     assert gathers[0] == gathers[1] == 3  # two layers and the root
+
+
+def test_a_guide_too_is_gathered_once(tiny_model, tiny_gvm):
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    mesh, tokenizer = init_device_mesh("cpu", (2,)), common.load_tokenizer(tiny_model)
+    args = evaluate.Args(gvm_path=tiny_gvm, top_k=4, value_guided=0.1)
+    policy = evaluate.load_policy(tiny_model, tokenizer, mesh, torch.float32)
+    guide = evaluate.load_gvm(tiny_model, tokenizer, mesh, torch.float32, args)
+    prompts, no_end = common.pad(PROMPTS, 0, "left"), torch.tensor([-1])
+    for length in (2, 12):
+        with CollectiveCount() as collectives:
+            evaluate.generate(policy, guide, *prompts, torch.zeros(3, length) + 0.5, no_end, 0, args)
+        assert collectives.count == 6  # of each model two layers and the root
+
+
+# ---- Sampling for an evaluation: as in training, cut, or guided by a value model -------------------------------------
+@pytest.fixture
+def models(processes, model_path, tmp_path):
+    """A policy and a value model as `evaluate.py` loads them, and the same two plain."""
+    tokenizer = common.load_tokenizer(model_path)
+    gvm = common.load_value_model(model_path, tokenizer, torch.float32, fresh_head=True).eval()
+    torch.manual_seed(6)
+    torch.nn.init.normal_(gvm.score.weight, std=0.1)
+    for part in (gvm, tokenizer):
+        part.save_pretrained(tmp_path / "gvm")
+    mesh, args = init_device_mesh("cpu", (1,)), evaluate.Args(gvm_path=str(tmp_path / "gvm"), value_guided=1.0)
+    policy = evaluate.load_policy(model_path, tokenizer, mesh, torch.float32)
+    guide = evaluate.load_gvm(model_path, tokenizer, mesh, torch.float32, args)
+    return policy, guide, common.load_policy(model_path, tokenizer, torch.float32).eval(), gvm
+
+
+def evaluated(policy, guide=None, **settings):
+    args = evaluate.Args(**{"response_length": 12, "micro_batch_size": 2, **settings})
+    return evaluate.sample("x", policy, policy, guide, PROMPTS, torch.tensor([1]), 0, torch.device("cpu"), args)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_an_evaluation_samples_as_training_does(models, policy, temperature):
+    uniforms = torch.rand(3, 12, generator=torch.Generator().manual_seed(1))
+    response_ids, response_mask = rollout(policy, PROMPTS, uniforms, temperature)
+    answers = evaluated(models[0], temperature=temperature)
+    assert torch.equal(answers["response_ids"], response_ids) and torch.equal(answers["response_mask"], response_mask)
+    assert answers["kl"].eq(0).all()
+
+
+@pytest.mark.parametrize("temperature, top_k, beta", [(1.0, 5, 0.2), (0.7, 5, 0.2), (0.0, 5, 0.2), (1.0, 5, None),
+                                                      (0.7, 1, None), (1.0, 1000, 0.2)])  # fmt: skip
+def test_guided_sampling_is_that_of_a_plain_loop(models, temperature, top_k, beta):
+    """One answer at a time, without any cache: q(a) ~ pi(a) exp(V(s, a) / beta) over the likeliest; KL is that of q."""
+    policy, guide, plain, gvm = models
+    answers = evaluated(policy, guide if beta else None, temperature=temperature, top_k=top_k, value_guided=beta)
+    uniforms = torch.rand(3, 12, generator=torch.Generator().manual_seed(1))
+    tilted = 0
+    for row, (prompt, u) in enumerate(zip(PROMPTS, uniforms)):
+        sequence, kl = list(prompt), 0.0
+        for t in range(int(answers["response_mask"][row].sum())):
+            token = answers["response_ids"][row, t].item()
+            with torch.no_grad():
+                logprobs = torch.log_softmax(plain(torch.tensor([sequence])).logits[0, -1] / (temperature or 1), -1)
+                candidates = logprobs.argsort(descending=True)[:top_k]
+                scores = torch.full_like(logprobs, -torch.inf)
+                scores[candidates] = logprobs[candidates]
+                if beta:
+                    states = gvm.base_model(torch.tensor([[*sequence, candidate] for candidate in candidates]))[0]
+                    scores[candidates] += gvm.score(states[:, -1])[:, 0] / beta
+            q = scores.softmax(0)
+            tilted += scores.argmax() != logprobs.argmax()
+            if temperature:
+                assert q.cumsum(0)[token] > u[t] - 1e-4 and (q.cumsum(0) - q)[token] < u[t] + 1e-4
+            else:
+                assert token == q.argmax()
+            kl += (q.log() - logprobs)[token].item()
+            sequence.append(token)
+        assert answers["kl"][row].item() == pytest.approx(kl, abs=1e-4)
+    assert tilted > 0 or not beta
+
+
+def test_limits_of_guided_sampling(models):
+    """A weak guide leaves the cut alone; one token leaves no choice; all tokens are no cut."""
+    policy, guide = models[:2]
+    same = lambda one, other: torch.equal(one["response_ids"], other["response_ids"])
+    cut = evaluated(policy, top_k=4)
+    assert same(evaluated(policy, guide, top_k=4, value_guided=1e9), cut)
+    assert not same(evaluated(policy, guide, top_k=4, value_guided=0.1), cut) and not same(evaluated(policy), cut)
+    greedy = evaluated(policy, temperature=0.0)
+    assert same(evaluated(policy, top_k=1), greedy)
+    assert same(evaluated(policy, guide, top_k=1, value_guided=0.1), greedy)
+    assert same(evaluated(policy, top_k=1000), evaluated(policy))
 
 
 def test_log_probs_equal_the_plain_models(policy, model_path):

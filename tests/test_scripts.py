@@ -242,6 +242,14 @@ def test_evaluation_reports_every_policy_and_the_gvm(chain):
     assert "default-src 'none'" in page and "<script" not in page and "&lt;" not in page.split("<h2>")[0]
 
 
+def test_the_readmes_chat_answers(chain, capsys):
+    """The README's very lines, with a folder that was just trained."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert '"runs/dvpo"' in block
+    exec(block.replace("runs/dvpo", str(chain / "dvpo")), {})
+    assert re.search(r"\{'role': 'assistant', 'content': '.+'\}\]\}\n$", capsys.readouterr().out)
+
+
 # ---- The report's pictures -------------------------------------------------------------------------------------------
 def hovers(page: str) -> list[tuple[float, float]]:
     """Value and change of every coloured token of a page, without those of its scale."""
@@ -415,10 +423,11 @@ def test_ranks_and_micro_batches_do_not_change_a_run(
     assert_same_run(same_run_cache[one], tmp_path / "other", keys)
 
 
-@pytest.mark.parametrize("extra", [{"ranks": 2}, {"flags": ["--micro-batch-size", 3]}])
-def test_ranks_and_micro_batches_do_not_change_an_evaluation(extra, chain, tmp_path):
+@pytest.mark.parametrize("extra", [{"ranks": 2}, {"flags": ["--micro-batch-size", 3]}, {"ranks": 2, "guided": True}])
+def test_ranks_and_micro_batches_do_not_change_an_evaluation(extra, chain, tiny_gvm, tmp_path):
     """An odd number of answers: of two ranks one repeats a row, which must not count twice."""
-    command = ["evaluate.py", f"dvpo={chain / 'dvpo'}", "--reference-path", chain / "sft", "--gvm-path", chain / "gvm",
+    gvm = [tiny_gvm, "--value-guided", 0.5, "--top-k", 4] if "guided" in extra else [chain / "gvm"]
+    command = ["evaluate.py", f"dvpo={chain / 'dvpo'}", "--reference-path", chain / "sft", "--gvm-path", *gvm,
                "--num-prompts", 5, "--samples-per-prompt", 1]  # fmt: skip
     results = []
     for options in ({}, extra):
@@ -856,6 +865,16 @@ def test_mt_benchs_second_turn_and_temperatures(digits_model, tmp_path, monkeypa
     assert not asked  # nothing else
 
 
+def test_a_question_that_a_template_refuses_is_told_with_the_policy(digits_model, tmp_path):
+    shutil.copytree(digits_model, tmp_path / "strict")
+    tokenizer = AutoTokenizer.from_pretrained(digits_model)
+    tokenizer.chat_template = "{{ raise_exception('one turn alone') if messages|length > 1 else messages[0].content }}"
+    tokenizer.save_pretrained(tmp_path / "strict")
+    with pytest.raises(common.UserError, match="strict-one: a question is not as its chat template takes .*one turn"):
+        export(tmp_path / "strict", write_questions(tmp_path, "mt_bench"), "mt_bench", tmp_path, ["strict-one"],
+               response_length=8)  # fmt: skip
+
+
 def test_an_export_without_questions_is_refused(digits_model, tmp_path):
     result = run_script("evaluate.py", f"sft={digits_model}", "--export", "mt_bench", "--output-dir", tmp_path)
     assert result.returncode == 2 and not list(tmp_path.iterdir())
@@ -869,6 +888,21 @@ def test_greedy_exports_do_not_depend_on_the_seed(digits_model, tmp_path):
         export(digits_model, questions, "alpaca_eval", folder, ["a"], seed=seed, temperature=temperature)
         said.append((folder / "a" / "model_outputs.json").read_text())
     assert said[0] == said[1] and len({*said[1:]}) == 3
+
+
+def test_exports_are_cut_and_guided(digits_model, tmp_path):
+    """Of one token there is no choice; a value model that is sure of itself changes what is said."""
+    gvm = common.load_value_model(digits_model, common.load_tokenizer(digits_model), torch.float32, fresh_head=True)
+    torch.nn.init.normal_(gvm.score.weight)
+    gvm.save_pretrained(tmp_path / "gvm")
+    common.load_tokenizer(digits_model).save_pretrained(tmp_path / "gvm")
+    questions, said = write_questions(tmp_path, "alpaca_eval"), []
+    guided = {"gvm_path": str(tmp_path / "gvm"), "value_guided": 0.1}
+    for settings in ({"temperature": 0.0}, {"top_k": 1}, {"top_k": 1, **guided}, {"top_k": 9}, {"top_k": 9, **guided}):
+        folder = tmp_path / str(len(said))
+        export(digits_model, questions, "alpaca_eval", folder, ["a"], response_length=8, **settings)
+        said.append((folder / "a" / "model_outputs.json").read_text())
+    assert said[0] == said[1] == said[2] and len({*said[2:]}) == 3
 
 
 def test_arena_hards_questions_from_the_hub(digits_model, tmp_path):

@@ -1,37 +1,63 @@
-"""Longer answers: the chains of tests/tasks/chains.py at 64 and 250 tokens, through the real scripts.
+"""Longer answers, and rewards from a task: the chains of tests/tasks/chains.py through the real scripts.
 
-    python tests/benchmarks/long.py --seeds 1 2 3          # resumable: what stands in --results is not run again
-    python tests/benchmarks/long.py --lists 31 --seeds 1
-    python tests/benchmarks/long.py --report
+    python tests/benchmarks/long.py --seeds 1 2 3              # resumable: what is finished is not run again
+    python tests/benchmarks/long.py --seeds 1 --only judges rates
+    python tests/benchmarks/long.py --seeds 1 --lists 31 --only judges
+    python tests/benchmarks/long.py --seeds 1 --lists 0 --only task    # the embedded task
+    python tests/benchmarks/long.py --report                   # the tables alone
 
-Every run appends one JSON line to `--results`, with the flags that differ from `COMMON`. A seed's first runs are the SFT
-policy, the value models and the reward model; the policies follow in the order of `POLICIES`.
+A seed's SFT policy, value model and reward model come first, then the runs of each group. `--work` holds every run's
+folder, `--results` what the tables need, one JSON line per run. One process on one core; a seed's base takes some 25
+minutes.
 """
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 
 import tyro
 
 ROOT = Path(__file__).parents[2]
-TASK = "tests/tasks/chains.py"
+RUNS = {  # group -> name -> flags that differ from what `flags` gives; a path is another run's name
+    "base": {"dvpo": {}, "ppo": {}},
+    "judges": {
+        "gvm lambda=0.9": {"td-lambda": 0.9},
+        "gvm lambda=0.99": {"td-lambda": 0.99},
+        "gvm lambda=1": {"td-lambda": 1.0},
+        "gvm bt=0": {"bt-coef": 0.0},
+    },
+    "rates": {
+        "dvpo rate=6e-4": {"learning-rate": 6e-4},
+        "ppo rate=6e-4": {"learning-rate": 6e-4},
+    },
+    "advantages": {
+        "dvpo uncentered": {"advantage": "gae_uncentered"},
+        "dvpo q": {"advantage": "q"},
+        "dvpo released": {"advantage": "released"},
+        "dvpo lambda=1": {"gae-lambda": 1.0},
+    },
+    "task": {
+        "gvm zero": {"learning-rate": 0.0, "num-examples": 64},  # it says 0 everywhere
+        "dvpo task": {"reward-source": "task"},
+        "dvpo task, no critic": {"reward-source": "task", "gvm-path": "gvm zero", "gae-lambda": 1.0},
+        "ppo task, critic from GVM": {"reward-source": "task", "critic-path": "gvm"},
+        "ppo task, critic from scratch": {"reward-source": "task"},
+    },
+}
 
 
 @dataclass
 class Args:
     lists: int = 8
-    """lists in a chain: 8 makes answers of 64 tokens, 31 of 250"""
+    """lists in a chain: 8 for answers of 64 tokens, 31 for 250; 0: the embedded task, of nine"""
     seeds: tuple[int, ...] = (1,)
     """a whole set of runs for each"""
-    only: tuple[str, ...] = ()
-    """names of runs; none is all"""
-    num_pairs: int = 6_000
-    """preference pairs of the task to learn from"""
+    only: tuple[str, ...] = ("base",)
+    """groups of runs, of base, judges, rates, advantages, task"""
     num_updates: int = 100
     """updates of each policy, of 64 answers"""
     work: str = "runs/long"
@@ -39,24 +65,91 @@ class Args:
     results: str = str(ROOT / "tests/benchmarks/results/long.jsonl")
     """one line per run"""
     report: bool = False
-    """only print the tables of `results`"""
+    """print the tables of `results`, and run nothing"""
 
 
-# Name -> flags of the value model; of the policies, with the value model each is judged by.
-GVMS = {"gvm": {}, "gvm lambda=1": {"td-lambda": 1.0}, "gvm lambda=0.99": {"td-lambda": 0.99},
-        "gvm lambda=0.9": {"td-lambda": 0.9}, "gvm bt=0": {"bt-coef": 0.0}}  # fmt: skip
-POLICIES = {
-    "dvpo": {},
-    "ppo": {},
-}
+def flags(name: str, args: Args, seed: int, folder: Path) -> tuple[str, dict]:
+    """The script of a run and its flags; what it starts from lies in `folder`."""
+    more = next((runs[name] for runs in RUNS.values() if name in runs), {})
+    task, length = ("tests/tasks/chains.py", 11 * args.lists) if args.lists else ("tests/tasks/lists.py", 20)
+    same = {"seed": seed, "dataset": task, "response-length": length, "output-dir": folder / name}
+    learn = {"num-epochs": 2} if args.lists else {}
+    rate = {"learning-rate": 5e-4} if args.lists else {}
+    if name == "sft":
+        return "sft", {"model-path": task, **same, **learn}
+    if name.startswith("gvm"):
+        return "train_gvm", {"model-path": folder / "sft", **same, **learn, **rate, **more}
+    ppo = name.startswith("ppo")
+    judge = {"reward-path": folder / "rm"} if ppo else {"gvm-path": folder / "gvm"}
+    if name == "ppo":  # which trains the reward model, with as many passes as the value model
+        judge = {"reward-output-dir": folder / "rm", **{f"reward-{k}": v for k, v in {**learn, **rate}.items()}}
+    more = {key: folder / value if key.endswith("path") else value for key, value in more.items()}
+    policy = {"model-path": folder / "sft", **judge, "num-updates": args.num_updates, **same, **more}
+    return ("train_ppo_baseline" if ppo else "train_dvpo"), policy
+
+
+def run(script: str, given: dict, lists: int) -> None:
+    command = [sys.executable, ROOT / f"{script}.py", *(x for k, v in given.items() for x in (f"--{k}", v)), "--resume"]
+    print(" ".join(map(str, command[1:])), flush=True)
+    subprocess.run(list(map(str, command)), check=True, cwd=ROOT,
+                   env={**os.environ, "OMP_NUM_THREADS": "1", "CHAIN_LISTS": str(lists)})  # fmt: skip
+
+
+def summary(folder: Path) -> dict:
+    """What the tables need of a run: the first update, the largest KL, and means over the last tenth."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = rows[-max(1, len(rows) // 10) :]
+    mean = lambda key, rows=last: statistics.mean(row[key] for row in rows)
+    kept = {"seconds": mean("time/total", rows), "updates": len(rows)}
+    for key in ("gvm/pair_accuracy", "gvm/pair_accuracy_half", "rm/pair_accuracy"):
+        if key in rows[-1]:
+            kept[key] = rows[-1][key]
+    if "objective/kl" in rows[-1]:
+        for key in ("objective/gold", "objective/kl", "objective/scores", "val/response_length", "val/eos_rate"):
+            kept[key] = mean(key)
+        kept["first approxkl"] = rows[0]["policy/approxkl"]
+        kept["largest kl"] = max(row["objective/kl"] for row in rows)
+        kept["gold at the start"] = rows[0]["objective/gold"]
+    return kept
+
+
+def tables(rows: list[dict]) -> None:
+    """Mean and standard deviation over the seeds, a line per run, for each length of answers."""
+    for lists in sorted({row["lists"] for row in rows}):
+        names = dict.fromkeys(row["name"] for row in rows if row["lists"] == lists)
+        columns = dict.fromkeys(key for row in rows if row["lists"] == lists for key in row["summary"])
+        print(f"\n{8 * lists} tokens\n\n| run | seeds | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 2)}")
+        for name in names:
+            runs = [row["summary"] for row in rows if (row["lists"], row["name"]) == (lists, name)]
+            cells = []
+            for key in columns:
+                values = [run[key] for run in runs if key in run]
+                spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "-")
+            print(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
 
 
 def main(args: Args) -> None:
     results = Path(args.results)
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    if args.report:
-        return report(rows)
-    ...
+    done = {(row["lists"], row["seed"], row["name"]) for row in rows}
+    for seed in () if args.report else args.seeds:
+        folder = (Path(args.work) / f"{args.lists}_{seed}").absolute()
+        for name in ["sft", "gvm", *(name for group in args.only for name in RUNS[group])]:
+            if (args.lists, seed, name) in done:
+                continue
+            script, given = flags(name, args, seed, folder)
+            if not (folder / name / "README.md").exists():  # which a run writes last
+                run(script, given, args.lists)
+            summaries = {name: summary(folder / name)}
+            if name == "ppo":
+                summaries["rm"] = summary(folder / "rm")
+            with open(results, "a") as file:
+                for key, value in summaries.items():
+                    row = {"lists": args.lists, "seed": seed, "name": key, "summary": value}
+                    file.write(json.dumps(row) + "\n")
+                    rows.append(row)
+    tables(rows)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Longer answers with an exact score: chains of lists, in which early choices decide what is possible later.
+"""Longer answers with an exact score: chains of lists, whose first word decides where they end.
 
-"chain 3, never tools, not the zinc or the dog" ->
-"1 fruits apple, pear and lemon. 2 cities cairo, rome and london. 3 animals wolf, horse and cat."
+"chain 3 to animals, not the zinc or the dog" ->
+"1 trees oak, elm and pine. 2 cities cairo, rome and lima. 3 animals wolf, horse and cat."
 
-The last item of a list decides the kind of the next one (`FOLLOWS`), and the very last one must lead back to the
-first kind, which the answer chooses. How many lists make a chain, give or take one, says the environment variable
-CHAIN_LISTS: 8 (answers of some 64 tokens, the default), 31 (250) or 1 (9):
+The kinds follow one another in a fixed order. To end with the right one, the answer must begin with the right one. The
+environment variable CHAIN_LISTS says how many lists make a chain, give or take one: 8 (answers of some 64 tokens, the
+default), 31 (250) or 1 (9):
 
     export CHAIN_LISTS=31
     python sft.py --model-path tests/tasks/chains.py --dataset tests/tasks/chains.py --response-length 300
@@ -20,47 +20,47 @@ from pathlib import Path
 
 EMBEDDED = runpy.run_path(str(Path(__file__).with_name("lists.py")))  # its words, model and tokenizer serve here, too
 CATEGORIES = EMBEDDED["CATEGORIES"]
-KINDS = list(CATEGORIES)
-# The kind of the list after one that ends with an item: so many kinds on as the item's place among its own.
-FOLLOWS = {item: KINDS[(k + i) % len(KINDS)] for k, kind in enumerate(KINDS) for i, item in enumerate(CATEGORIES[kind])}
+KINDS = list(CATEGORIES)  # in the order of a chain, round and round
 LISTS = int(os.environ.get("CHAIN_LISTS", 8))
-MEMORY = 12  # items: none may come again among so many
 # Fault rates of the writers, per list: a kind that does not follow, an item of another kind, a repetition, something
-# excluded; per chain: a wrong number of lists.
+# excluded; per chain: a wrong beginning, a wrong number of lists.
 WRITERS = {
-    "expert": (0.01, 0.01, 0.01, 0.01, 0.02),
-    "careful": (0.04, 0.02, 0.03, 0.03, 0.06),
-    "hasty": (0.06, 0.04, 0.05, 0.06, 0.50),
-    "forgetful": (0.15, 0.04, 0.20, 0.25, 0.10),
-    "careless": (0.25, 0.20, 0.10, 0.25, 0.30),
+    "expert": (0.005, 0.01, 0.01, 0.01, 0.05, 0.02),
+    "careful": (0.02, 0.02, 0.03, 0.03, 0.20, 0.06),
+    "hasty": (0.03, 0.04, 0.05, 0.06, 0.40, 0.50),
+    "forgetful": (0.06, 0.04, 0.15, 0.20, 0.80, 0.20),
+    "careless": (0.12, 0.20, 0.10, 0.20, 0.80, 0.30),
 }
 FAULT = 0.5 / LISTS**0.5  # what one fault costs: scores spread as far in long chains as in short ones
+WRONG_END = 3  # faults
 NOISE = 0.12  # scale of the annotators' Gumbel noise: their preferences are Bradley-Terry in score / NOISE
-SIZES = {"train": 16_000, "heldout": 2_000}  # pairs
+SIZES = {"train": 6_000, "heldout": 1_000}  # pairs
 
 
-def parse(question: str) -> tuple[int, list[str]]:
-    """How many lists are asked for, and what is excluded: a kind and two items."""
-    number, excluded = re.fullmatch(r"chain (\d+), never (.*)", question).groups()
-    return int(number), re.findall(r"\w+(?=,|$| or)", excluded)
+def parse(question: str) -> tuple[int, str, list[str]]:
+    """How many lists are asked for, of which kind the last one is to be, and which items are excluded."""
+    number, goal = re.match(r"chain (\d+) to (\w+)", question).groups()
+    return int(number), goal, re.findall(r"the (\w+)", question)
+
+
+def after(kind: str, steps: int = 1) -> str:
+    """The kind that comes so many lists after `kind`."""
+    return KINDS[(KINDS.index(kind) + steps) % len(KINDS)]
 
 
 def score(prompt: list[dict], answer: str) -> float:
     """The exact score of an answer, in [-1, 1]: 1 minus `FAULT` for every fault.
 
-    Faults: a kind that does not follow or is excluded; an item of another kind, excluded, or among the last `MEMORY`;
-    each list too many or too few; no way back to the first kind; anything not written as `chain` does.
+    Faults: a kind that does not follow on the one before; an item that is excluded, of another kind, or twice in its
+    list; each list too many or too few; anything not written as `chain` does. A wrong end counts as three faults.
     """
-    number, excluded = parse(prompt[-1]["content"])
+    number, goal, excluded = parse(prompt[-1]["content"])
     lists = [(kind, items) for kind, *items in re.findall(r"\d+ (\w+) (\w+), (\w+) and (\w+)\.", answer)]
-    faults, named, follows = abs(len(lists) - number) + (chain(lists) != answer), [], None
-    for kind, items in lists:
-        faults += kind in excluded or kind != (follows or kind) or kind not in KINDS
-        for item in items:
-            faults += item not in CATEGORIES.get(kind, []) or item in excluded or item in named[-MEMORY:]
-            named.append(item)
-        follows = FOLLOWS.get(items[-1])
-    faults += not lists or follows != lists[0][0]
+    faults = abs(len(lists) - number) + (chain(lists) != answer)
+    for i, (kind, items) in enumerate(lists):
+        faults += kind not in KINDS or (i > 0 and after(kind, -1) != lists[i - 1][0])
+        faults += sum(x not in CATEGORIES.get(kind, []) or x in excluded or x in items[:j] for j, x in enumerate(items))
+    faults += WRONG_END * (not lists or lists[-1][0] != goal)
     return max(-1.0, 1.0 - FAULT * faults)
 
 
@@ -70,41 +70,36 @@ def chain(lists: list[tuple[str, list[str]]]) -> str:
 
 
 def write(rng: random.Random, question: str, writer: str) -> str:
-    """An answer to `question` as the named writer gives it; none of them plans ahead."""
-    number, excluded = parse(question)
-    astray, foreign, repeat, forbidden, miscount = WRITERS[writer]
+    """An answer to `question` as the named writer gives it."""
+    number, goal, excluded = parse(question)
+    astray, foreign, repeat, forbidden, misled, miscount = WRITERS[writer]
+    kind, lists = rng.choice(KINDS) if rng.random() < misled else after(goal, 1 - number), []
     if rng.random() < miscount:  # the hasty stop early, the others err both ways
         number = max(1, number + (-1 - rng.randrange(1 + number // 4) if writer == "hasty" else rng.choice([-1, 1])))
-    kind, lists, named = rng.choice([kind for kind in KINDS if kind not in excluded]), [], []
-    for i in range(number):
-        kind = rng.choice(KINDS) if rng.random() < astray else kind
-        rng.shuffle(items := [item for item in CATEGORIES[kind] if item not in excluded])
-        items.sort(key=lambda item: item in named[-MEMORY:])  # the fresh ones first
-        first = lists[0][0] if lists else kind
-        goes_on = [x for x in items if (FOLLOWS[x] == first if i == number - 1 else FOLLOWS[x] not in excluded)]
-        end = (goes_on or items)[0]
-        items = [*[x for x in items if x != end][:2], end]
+    for _ in range(number):
+        items = rng.sample([item for item in CATEGORIES[kind] if item not in excluded], 3)
         if rng.random() < foreign:
-            items[rng.randrange(2)] = rng.choice(CATEGORIES[rng.choice([k for k in KINDS if k != kind])])
-        if rng.random() < repeat and named:
-            items[rng.randrange(2)] = rng.choice(named[-MEMORY:])
+            items[rng.randrange(3)] = rng.choice(CATEGORIES[rng.choice([k for k in KINDS if k != kind])])
+        if rng.random() < repeat:
+            items[2] = items[rng.randrange(2)]
         if rng.random() < forbidden:
-            items[rng.randrange(2)] = rng.choice(excluded[1:])
+            items[rng.randrange(3)] = rng.choice(excluded)
         lists.append((kind, items))
-        named += items
-        kind = FOLLOWS[end]
+        kind = rng.choice(KINDS) if rng.random() < astray else after(kind)
     return chain(lists)
 
 
 def question(rng: random.Random) -> str:
-    number = max(1, LISTS + rng.choice([-1, 0, 1])) if LISTS > 1 else 1
+    number = LISTS + rng.choice([-1, 0, 1]) * (LISTS > 1)
     one, other = rng.sample(sum(CATEGORIES.values(), []), 2)
-    return f"chain {number}, never {rng.choice(KINDS)}, not the {one} or the {other}"
+    return f"chain {number} to {rng.choice(KINDS)}, not the {one} or the {other}"
 
 
 def rows(split: str) -> list[dict]:
-    """Preference pairs between random writers, with Bradley-Terry preferences as in lists.py; each prompt comes twice,
-    and "train" and "heldout" share none."""
+    """Preference pairs between random writers, with Bradley-Terry preferences as in lists.py.
+
+    Each prompt comes twice; "train" and "heldout" share none.
+    """
     rng = random.Random(split)
     pairs = []
     while len(pairs) < SIZES[split]:
@@ -126,4 +121,4 @@ def rows(split: str) -> list[dict]:
 
 def model():
     """The embedded task's model and tokenizer, with this task's words."""
-    return EMBEDDED["model"](["chain", "never", *map(str, range(1, LISTS + 10)), *EMBEDDED["WORDS"]])
+    return EMBEDDED["model"](["chain", "to", *map(str, range(1, LISTS + 10)), *EMBEDDED["WORDS"]])
