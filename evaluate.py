@@ -662,7 +662,6 @@ def write_html(path: Path, results: dict, examples: list[tuple]) -> None:
 def main(args: Args) -> None:
     # ---- 1 Processes -------------------------------------------------------------------------------------------------
     device = common.init_processes()
-    dtype = common.compute_dtype(args.dtype, device)
     common.check(args.policies, "name at least one policy, as in dvpo=runs/dvpo")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for policy in args.policies:
@@ -670,6 +669,7 @@ def main(args: Args) -> None:
     paths = dict(policy.split("=", 1) for policy in args.policies)
     common.check(len(paths) == len(args.policies), "two policies have the same name")
     args = common.settle(args, next(iter(paths.values())), response_length=20)
+    dtype = getattr(torch, args.dtype)
     if args.value_guided is not None:
         common.check(args.value_guided > 0, "--value-guided 0: name a BETA above 0, as in 0.1")
         common.check(args.top_k, "--value-guided needs --top-k, the number of tokens to judge at each step, as in 8")

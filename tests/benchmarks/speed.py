@@ -138,13 +138,13 @@ def measure(method: str, args: Args) -> dict:
             )
         )  # fmt: skip
         rows = [json.loads(line) for line in (Path(folder) / "out" / "metrics.jsonl").read_text().splitlines()][2:]
+        dtype = json.loads((Path(folder) / "out" / "args.json").read_text())["dtype"]
     result = {phase: statistics.median(row[f"time/{phase}"] for row in rows) for phase in PHASES}
     lengths = statistics.mean(row["val/response_length"] for row in rows)
     device = torch.cuda.get_device_name() if cuda else "CPU, one core"
     peak = rows[-1]["time/peak_mem_gb"] if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     return {**result, "state_gb": state_bytes / 1e9, "peak_gb": peak,
-            "response_length": lengths, "device": device, "dtype": str(common.compute_dtype(args.dtype, torch.device(
-                "cuda" if cuda else "cpu"))).removeprefix("torch."), "torch": torch.__version__,
+            "response_length": lengths, "device": device, "dtype": dtype, "torch": torch.__version__,
             "transformers": transformers.__version__}  # fmt: skip
 
 
