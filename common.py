@@ -29,9 +29,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict as dcp_state
 import transformers
 import tyro
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import cached_file
 
@@ -106,12 +106,6 @@ def init_processes() -> torch.device:
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)  # kept over restarts
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=10))
     return device
-
-
-def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU and float32 on a CPU."""
-    auto = "bfloat16" if device.type == "cuda" else "float32"
-    return getattr(torch, auto if name == "auto" else name)
 
 
 def end_processes() -> None:
@@ -386,10 +380,9 @@ def to_examples(rows, dataset: str, needs: str) -> list[Example]:
         try:
             check(needs != "answers" or row.get("label") is not False, "labelled false")
             examples.append(from_row(row, kind, needs))
-        except UserError as error:
-            dropped[str(error)] += 1
-        except (KeyError, TypeError, AttributeError) as error:
-            dropped[f"malformed row, or a null ({type(error).__name__}: {error})"] += 1
+        except (UserError, KeyError, TypeError, AttributeError) as error:
+            foreseen = isinstance(error, UserError)
+            dropped[str(error) if foreseen else f"malformed row ({type(error).__name__}: {error})"] += 1
     unread = "; not read: " * (len(read) < len(found)) + ", ".join(column for column in found if column not in read)
     log(f"dataset {dataset}: {kind} ({', '.join(read)}{unread}), {len(rows)} rows, {len(examples)} examples")
     reasons = "; ".join(f"{count} x {reason}" for reason, count in dropped.most_common())
@@ -400,11 +393,10 @@ def to_examples(rows, dataset: str, needs: str) -> list[Example]:
 
 # ---- Tokens ----------------------------------------------------------------------------------------------------------
 # For base models that come without one. An answer starts after a newline, so its first token is not fused to a colon.
-DEFAULT_CHAT_TEMPLATE = (
-    "{% for message in messages %}### {{ message['role'].capitalize() }}:\n{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
-    "{% if add_generation_prompt %}### Assistant:\n{% endif %}"
-)
+DEFAULT_CHAT_TEMPLATE = """{% for message in messages %}
+### {{ message.role | capitalize }}:
+{{ message.content }}{{ eos_token if message.role == 'assistant' }}
+{% endfor %}{{ '### Assistant:\\n' if add_generation_prompt }}"""
 # Llama 3's template writes today's date unless given one, SmolLM3's asks a function: a run must not depend on the day.
 # Nor would answers start with thoughts, as Qwen3's template has them: no dataset holds any.
 TEMPLATE_ARGUMENTS = {"date_string": "26 Jul 2024", "enable_thinking": False}
@@ -614,6 +606,8 @@ def settle(args, path: str, **small):
     large = missing and load_task(path) is None and getattr(load_config(path).get_text_config(), "hidden_size", 0) > 256
     check(not large, f"{flags}: name what suits {path}; the defaults suit small models alone")
     args = replace(args, **missing)
+    if args.dtype == "auto":
+        args = replace(args, dtype="bfloat16" if torch.cuda.is_available() else "float32")
     for name, value in vars(args).items():
         if isinstance(value, (int, float)):
             least = int(type(value) is int and name not in ("seed", "lora_rank", "num_context_trajectories"))
@@ -705,11 +699,49 @@ def dry_run(args, prompts, answers, bytes_each: int) -> None:
     end_processes()
 
 
+# ---- LoRA, arXiv:2106.09685 ------------------------------------------------------------------------------------------
+def prepare(model, args):
+    """`model`, to be trained as `args` say: with LoRA its weights are frozen, but for a value head's, and a pair beside
+    each linear layer of the decoder layers is trained in fp32: `y = W x + B A x`, where B starts at zero."""
+    model.train()
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.lora_rank == 0:
+        return model
+    layers = [layer for layer in decoder_layers(model).modules() if isinstance(layer, torch.nn.Linear)]
+    check(layers, f"--lora-rank: {model.config.model_type}'s decoder layers hold no nn.Linear: leave it at 0")
+
+    def add_pair(layer, inputs, output):  # a forward hook
+        if model.lora_on:
+            return output + inputs[0] @ layer.lora_a.T @ layer.lora_b.T
+
+    model.requires_grad_(False)
+    model.lora_on, generator = True, torch.Generator().manual_seed(args.seed)
+    for layer in layers:
+        a = torch.empty(args.lora_rank, layer.in_features).uniform_(-1, 1, generator=generator)
+        layer.lora_a = torch.nn.Parameter(a / layer.in_features**0.5)
+        layer.lora_b = torch.nn.Parameter(torch.zeros(layer.out_features, args.lora_rank))
+        layer.register_forward_hook(add_pair)
+    if hasattr(model, "score"):
+        model.score.float().requires_grad_(True)
+    return model
+
+
+def merged(model, dtype: torch.dtype) -> dict:
+    """The whole model, pairs merged, on rank 0's CPU in `dtype`, empty on other ranks; every rank must call."""
+    whole = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = dcp_state.get_model_state_dict(model, options=whole)
+    for name in [name for name in state if name.endswith("lora_a")]:
+        a, b, weight = state.pop(name), state.pop(name[:-1] + "b"), name[: -len("lora_a")] + "weight"
+        state[weight] = state[weight].float() + b @ a
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+
+
 # ---- Output folders and checkpoints ----------------------------------------------------------------------------------
 # What may differ when a run is resumed: it does not change what is computed.
 FREE_SETTINGS = {"output_dir", "reward_output_dir", "resume", "checkpoint_every", "track", "dry_run", "max_kl",
                  "micro_batch_size", "rollout_micro_batch_size", "gradient_checkpointing", "dp_replicate"}  # fmt: skip
-TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # what a checkpoint holds of a model
+TRAINED = dcp_state.StateDictOptions(ignore_frozen_params=True, strict=False)  # what a checkpoint holds of a model
 
 
 class Run:
@@ -776,7 +808,7 @@ class Run:
             tensors = self.tensors()
             dcp.load(tensors, checkpoint_id=self.source)
             for i, (model, optimizer, scheduler) in enumerate(trained):
-                set_state_dict(model, optimizer, **tensors[str(i)], options=TRAINED)
+                dcp_state.set_state_dict(model, optimizer, **tensors[str(i)], options=TRAINED)
                 scheduler.load_state_dict(state["schedulers"][i])
             vars(self.carried).update(state["carried"])
             with user_errors((OSError, ValueError, AttributeError), f"{metrics}: damaged, so the run cannot go on"):
@@ -807,7 +839,7 @@ class Run:
 
     def tensors(self) -> dict:
         """Weights and optimizer states of what is trained, as shards."""
-        parts = [get_state_dict(*pair, options=TRAINED) for *pair, _ in self.trained]
+        parts = [dcp_state.get_state_dict(*pair, options=TRAINED) for *pair, _ in self.trained]
         return {str(i): {"model_state_dict": m, "optim_state_dict": o} for i, (m, o) in enumerate(parts)}
 
     def log(self, update: int, metrics: dict, show: tuple[str, ...]) -> None:

@@ -2,7 +2,7 @@
 
     python evaluate.py                                                         # sft and dvpo on the embedded task
     python evaluate.py sft=runs/sft dvpo=runs/dvpo other=some/folder --dataset DATA --response-length 640
-    python evaluate.py --value-guided 0.1 --top-k 4                            # each step steered by the GVM
+    python evaluate.py --value-guided 0.4 --top-k 4                            # each step steered by the GVM
 
 For each policy: gold score, where a task has an exact one, the GVM's verdict, KL to the reference, answer length, how
 often the answer ends by itself, and how often it beats the first policy on the same prompt. For the GVM: how often it
@@ -73,7 +73,7 @@ class Args:
     top_k: int | None = None
     """sample from the K likeliest tokens alone; None: from all"""
     value_guided: float | None = None
-    """BETA: sample from pi(a) exp(V(s, a) / BETA) over the `--top-k` tokens, V being the GVM, as in 0.1; None: pi"""
+    """BETA: sample from pi(a) exp(V(s, a) / BETA) over the `--top-k` tokens, V being the GVM, as in 0.4; None: pi"""
     show: int | None = None
     """print the token values of answers to so many prompts and of so many held-out pairs, in colour"""
 
@@ -662,7 +662,6 @@ def write_html(path: Path, results: dict, examples: list[tuple]) -> None:
 def main(args: Args) -> None:
     # ---- 1 Processes -------------------------------------------------------------------------------------------------
     device = common.init_processes()
-    dtype = common.compute_dtype(args.dtype, device)
     common.check(args.policies, "name at least one policy, as in dvpo=runs/dvpo")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for policy in args.policies:
@@ -670,8 +669,9 @@ def main(args: Args) -> None:
     paths = dict(policy.split("=", 1) for policy in args.policies)
     common.check(len(paths) == len(args.policies), "two policies have the same name")
     args = common.settle(args, next(iter(paths.values())), response_length=20)
+    dtype = getattr(torch, args.dtype)
     if args.value_guided is not None:
-        common.check(args.value_guided > 0, "--value-guided 0: name a BETA above 0, as in 0.1")
+        common.check(args.value_guided > 0, "--value-guided 0: name a BETA above 0, as in 0.4")
         common.check(args.top_k, "--value-guided needs --top-k, the number of tokens to judge at each step, as in 8")
         common.check(args.gvm_path, "--value-guided needs a value model: --gvm-path")
     if args.export:

@@ -23,7 +23,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from transformers import AutoModelForSequenceClassification, get_linear_schedule_with_warmup
 
 import common
-import lora
 
 
 @dataclass
@@ -230,8 +229,8 @@ def main(args: Args) -> None:
     # ---- 1 Processes -------------------------------------------------------------------------------------------------
     device = common.init_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    dtype = common.compute_dtype(args.dtype, device)
     args = common.settle(args, args.model_path, learning_rate=1.5e-3, response_length=20)
+    dtype = getattr(torch, args.dtype)
     run = common.Run(args, __file__)
     common.check(args.batch_size % world_size == 0, f"--batch-size must be a multiple of {world_size}, the processes")
     common.check(world_size % args.dp_replicate == 0, f"{world_size} processes must be a multiple of --dp-replicate")
@@ -263,7 +262,7 @@ def main(args: Args) -> None:
     policy = common.load_policy(args.model_path, tokenizer, dtype if args.lora_rank else torch.float32)
     if not has_value_model(policy.config):
         common.log(f"warning: no value model can be made of {policy.config.model_type}: train_gvm.py will refuse it")
-    policy = add_methods(shard(lora.prepare(policy, args), mesh, dtype), token_logprobs)
+    policy = add_methods(shard(common.prepare(policy, args), mesh, dtype), token_logprobs)
     num_updates = max(1, args.num_epochs * len(train_set) // args.batch_size)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     num_warmup = int(args.warmup_fraction * num_updates)
@@ -314,7 +313,7 @@ def main(args: Args) -> None:
         run.checkpoint(update)
 
     # ---- 6 Save ------------------------------------------------------------------------------------------------------
-    run.save(policy, lora.merged(policy, dtype), tokenizer, "Supervised fine-tuned policy")
+    run.save(policy, common.merged(policy, dtype), tokenizer, "Supervised fine-tuned policy")
     common.log(f"next: python train_gvm.py --model-path {args.output_dir} --dataset {args.dataset} "
                f"--response-length {args.response_length}")  # fmt: skip
     common.end_processes()

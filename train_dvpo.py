@@ -29,7 +29,6 @@ from transformers import DynamicCache, StaticCache, get_linear_schedule_with_war
 from transformers.cache_utils import StaticLayer
 
 import common
-import lora
 
 
 @dataclass
@@ -390,9 +389,9 @@ def main(args: Args) -> None:
     # ---- 1 Processes -------------------------------------------------------------------------------------------------
     device = common.init_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    dtype = common.compute_dtype(args.dtype, device)
     small_rate = 6e-4 / max(1, (args.response_length or 20) / 20)  # longer answers, at the same rate, overshoot
     args = common.settle(args, args.model_path, learning_rate=small_rate, response_length=20)
+    dtype = getattr(torch, args.dtype)
     run = common.Run(args, __file__)
     share = args.num_minibatches * world_size
     common.check(args.rollout_batch_size % share == 0,
@@ -419,7 +418,7 @@ def main(args: Args) -> None:
     # ---- 3 Models: one trained, two frozen ---------------------------------------------------------------------------
     policy = common.load_policy(args.model_path, tokenizer, dtype if args.lora_rank else torch.float32)
     end_ids = torch.tensor(policy.generation_config.eos_token_id, device=device)  # (E,)
-    policy = add_methods(shard(lora.prepare(policy, args), mesh, dtype), token_logprobs, generate)
+    policy = add_methods(shard(common.prepare(policy, args), mesh, dtype), token_logprobs, generate)
     reference = policy  # without its pairs
     if not args.lora_rank:
         reference = common.load_policy(args.model_path, tokenizer, dtype).eval().requires_grad_(False)
@@ -483,8 +482,9 @@ def main(args: Args) -> None:
                 batch = crop(input_ids[micro], attention_mask[micro], response_mask[micro])
                 r = batch[2].shape[1]  # at most R
                 logprobs[micro, :r], _ = policy.token_logprobs(*batch, args.temperature)
-                with lora.off(reference):
-                    ref_logprobs[micro, :r], _ = reference.token_logprobs(*batch, args.temperature)
+                reference.lora_on = False  # a policy with LoRA is its own reference
+                ref_logprobs[micro, :r], _ = reference.token_logprobs(*batch, args.temperature)
+                policy.lora_on = True
                 batch = crop(gvm_ids[micro], gvm_mask[micro], response_mask[micro])
                 gvm_values[micro, : r + 1] = gvm.token_values(*batch)
         scored = torch.cat([logprobs, ref_logprobs, gvm_values], 1)[mine]  # (B / world_size, 3 R + 1)
@@ -588,7 +588,7 @@ def main(args: Args) -> None:
         run.checkpoint(update)
 
     # ---- 8 Save ------------------------------------------------------------------------------------------------------
-    run.save(policy, lora.merged(policy, dtype), tokenizer, "Policy trained by DVPO")
+    run.save(policy, common.merged(policy, dtype), tokenizer, "Policy trained by DVPO")
     common.log(f"next: python evaluate.py sft={args.model_path} dvpo={args.output_dir} --reference-path "
                f"{args.model_path} --gvm-path {args.gvm_path} --dataset {args.dataset} --response-length "
                f"{args.response_length}")  # fmt: skip

@@ -29,7 +29,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from transformers import get_linear_schedule_with_warmup
 
 import common
-import lora
 
 
 @dataclass
@@ -228,8 +227,8 @@ def main(args: Args) -> None:
     # ---- 1 Processes -------------------------------------------------------------------------------------------------
     device = common.init_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    dtype = common.compute_dtype(args.dtype, device)
     args = common.settle(args, args.model_path, learning_rate=2e-4, response_length=20)
+    dtype = getattr(torch, args.dtype)
     run = common.Run(args, __file__)
     common.check(world_size % args.dp_replicate == 0, f"{world_size} processes must be a multiple of --dp-replicate")
     mesh = init_device_mesh(device.type, (args.dp_replicate, world_size // args.dp_replicate),
@@ -274,7 +273,7 @@ def main(args: Args) -> None:
     gvm = common.load_value_model(args.model_path, tokenizer, trained_dtype, fresh_head=True)
     gvm.config.num_context_trajectories = args.num_context_trajectories  # train_dvpo.py conditions it likewise
     gvm.config.context_trajectory_length = args.context_trajectory_length
-    gvm = add_methods(shard(lora.prepare(gvm, args), mesh, dtype), token_values)
+    gvm = add_methods(shard(common.prepare(gvm, args), mesh, dtype), token_values)
     num_updates = max(1, args.num_epochs * len(train_set) // args.batch_size)
     optimizer = torch.optim.AdamW(gvm.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     num_warmup = int(args.warmup_fraction * num_updates)
@@ -341,7 +340,7 @@ def main(args: Args) -> None:
         run.checkpoint(update)
 
     # ---- 6 Save ------------------------------------------------------------------------------------------------------
-    run.save(gvm, lora.merged(gvm, dtype), tokenizer, "Global value model (GVM)")
+    run.save(gvm, common.merged(gvm, dtype), tokenizer, "Global value model (GVM)")
     if done < num_updates and "gvm/pair_accuracy" in metrics:
         common.log(f"ranks {metrics['gvm/pair_accuracy']:.0%} of {len(heldout_set) // 2} held-out pairs correctly; "
                    f"with half of the answer seen {metrics['gvm/pair_accuracy_half']:.0%}")  # fmt: skip

@@ -35,7 +35,6 @@ from transformers import DynamicCache, StaticCache, get_linear_schedule_with_war
 from transformers.cache_utils import StaticLayer
 
 import common
-import lora
 
 
 @dataclass
@@ -450,7 +449,7 @@ def train_reward_model(args: Args, tokenizer, mesh, dtype, trained_dtype, device
     heldout_set = tokenize_pairs(tokenizer, heldout, args, heldout=True)
     common.log(f"reward model: {len(train_set) // 2} pairs, {len(heldout_set) // 2} held out")
     rm = common.load_value_model(args.model_path, tokenizer, trained_dtype, fresh_head=True)
-    rm = add_methods(shard(lora.prepare(rm, args), mesh, dtype), token_values)
+    rm = add_methods(shard(common.prepare(rm, args), mesh, dtype), token_values)
     num_updates = max(1, args.reward_num_epochs * len(train_set) // args.reward_batch_size)
     optimizer = torch.optim.AdamW(rm.parameters(), lr=args.reward_learning_rate, weight_decay=0.0, fused=True)
     num_warmup = int(args.reward_warmup_fraction * num_updates)
@@ -493,18 +492,18 @@ def train_reward_model(args: Args, tokenizer, mesh, dtype, trained_dtype, device
             metrics["rm/pair_accuracy"] = pair_accuracy(rm, heldout_set, tokenizer.pad_token_id, device, args)
         run.log(update, metrics, ("rm/loss", "rm/pair_accuracy", "optim/lr"))
         run.checkpoint(update)
-    run.save(rm, lora.merged(rm, dtype), tokenizer, "Reward model (Bradley-Terry)")
+    run.save(rm, common.merged(rm, dtype), tokenizer, "Reward model (Bradley-Terry)")
 
 
 def main(args: Args) -> None:
     # ---- 1 Processes -------------------------------------------------------------------------------------------------
     device = common.init_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    dtype = common.compute_dtype(args.dtype, device)
     small_rate = 6e-4 / max(1, (args.response_length or 20) / 20)  # longer answers, at the same rate, overshoot
     by_rm = args.reward_source == "rm"
     of_rm = {"reward_learning_rate": 2e-4} if by_rm and args.reward_path is None else {}
     args = common.settle(args, args.model_path, learning_rate=small_rate, response_length=20, **of_rm)
+    dtype = getattr(torch, args.dtype)
     if args.critic_learning_rate is None:
         args = replace(args, critic_learning_rate=args.learning_rate / 2)
     run = common.Run(args, __file__)
@@ -545,7 +544,7 @@ def main(args: Args) -> None:
         gc.collect()  # the model and its methods refer to each other: without it, its memory would stay taken
     policy = common.load_policy(args.model_path, tokenizer, trained_dtype)
     end_ids = torch.tensor(policy.generation_config.eos_token_id, device=device)  # (E,)
-    policy = add_methods(shard(lora.prepare(policy, args), mesh, dtype), token_logprobs, generate)
+    policy = add_methods(shard(common.prepare(policy, args), mesh, dtype), token_logprobs, generate)
     reference = policy  # without its pairs
     if not args.lora_rank:
         reference = common.load_policy(args.model_path, tokenizer, dtype).eval().requires_grad_(False)
@@ -557,7 +556,7 @@ def main(args: Args) -> None:
         common.check_positions(reward_path, rm, max(map(len, all_prompts)) + args.response_length)
     critic_path = args.critic_path or (reward_path if by_rm else args.model_path)
     critic = common.load_value_model(critic_path, tokenizer, trained_dtype, fresh_head=not by_rm)
-    critic = add_methods(shard(lora.prepare(critic, args), mesh, dtype), token_values)
+    critic = add_methods(shard(common.prepare(critic, args), mesh, dtype), token_values)
     # eps as in CleanRL's PPO: where gradients are tiny, steps are, too.
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=args.critic_learning_rate, eps=1e-5, weight_decay=0.0,
@@ -606,8 +605,9 @@ def main(args: Args) -> None:
                 batch = crop(input_ids[micro], attention_mask[micro], response_mask[micro])
                 r = batch[2].shape[1]  # at most R
                 logprobs[micro, :r], _ = policy.token_logprobs(*batch, args.temperature)
-                with lora.off(reference):
-                    ref_logprobs[micro, :r], _ = reference.token_logprobs(*batch, args.temperature)
+                reference.lora_on = False  # a policy with LoRA is its own reference
+                ref_logprobs[micro, :r], _ = reference.token_logprobs(*batch, args.temperature)
+                policy.lora_on = True
                 values[micro, : r + 1] = critic.token_values(*batch)
                 if by_rm:
                     scores[micro, 0] = common.last_values(rm.token_values(*batch), batch[2])
@@ -728,7 +728,7 @@ def main(args: Args) -> None:
         run.checkpoint(update)
 
     # ---- 8 Save ------------------------------------------------------------------------------------------------------
-    run.save(policy, lora.merged(policy, dtype), tokenizer, "Policy trained by PPO (baseline of DVPO)")
+    run.save(policy, common.merged(policy, dtype), tokenizer, "Policy trained by PPO (baseline of DVPO)")
     common.log(f"next: python evaluate.py sft={args.model_path} ppo={args.output_dir} --reference-path "
                f"{args.model_path} --gvm-path None --dataset {args.dataset} --response-length "
                f"{args.response_length}")  # fmt: skip

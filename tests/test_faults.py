@@ -22,7 +22,6 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import common
-import lora
 import sft
 import train_dvpo
 import train_gvm
@@ -495,8 +494,8 @@ def test_a_damaged_log_is_refused(damage, stopped):
 
 
 def test_a_model_that_is_not_finite_is_not_saved(settings, tmp_path, monkeypatch):
-    merged = lora.merged
-    monkeypatch.setattr(lora, "merged", lambda *args: {k: v * torch.nan for k, v in merged(*args).items()})
+    merged = common.merged
+    monkeypatch.setattr(common, "merged", lambda *args: {k: v * torch.nan for k, v in merged(*args).items()})
     with pytest.raises(common.UserError, match="not saved, as .* is not finite"):
         train("sft", settings("sft", tmp_path / "run"))
     assert not (tmp_path / "run" / "model.safetensors").exists()

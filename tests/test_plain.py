@@ -10,7 +10,6 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import common
-import lora
 import sft
 import train_dvpo
 import train_gvm
@@ -162,7 +161,7 @@ def test_pairs_switched_off_and_merged(dtype, tiny_model, tmp_path, processes):
     batch = common.pad_batch(*zip(*rows), 0, "cpu")
     policy = common.load_policy(tiny_model, tokenizer, dtype)
     args = sft.Args(lora_rank=4, output_dir=str(tmp_path / "out"))
-    policy = sharded(lora.prepare(policy, args))
+    policy = sharded(common.prepare(policy, args))
     with torch.no_grad():
         logprobs = lambda model: model.token_logprobs(**batch, temperature=1.0)[0]
         start = logprobs(sharded(common.load_policy(tiny_model, tokenizer, dtype)))
@@ -174,12 +173,13 @@ def test_pairs_switched_off_and_merged(dtype, tiny_model, tmp_path, processes):
             if "lora_b" in name:
                 parameter.normal_(std=0.1)
         moved = logprobs(policy)
-        with lora.off(policy):
-            assert torch.equal(logprobs(policy), start)
+        policy.lora_on = False
+        assert torch.equal(logprobs(policy), start)
+        policy.lora_on = True
         assert torch.equal(logprobs(policy), moved) and (moved - start).abs().max() > 0.1
         run = common.Run(args, sft.__file__)
         (tmp_path / "out").mkdir()
-        run.save(policy, lora.merged(policy, dtype), tokenizer, "merged")
+        run.save(policy, common.merged(policy, dtype), tokenizer, "merged")
         merged = logprobs(sharded(common.load_policy(str(tmp_path / "out"), tokenizer, dtype)))
     torch.testing.assert_close(merged, moved, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
 
@@ -195,7 +195,7 @@ def test_pairs_of_full_rank_learn_what_full_training_does(tiny_model, pairs, tmp
 
     tokenizer = common.load_tokenizer(tiny_model)
     full, beside = (common.load_policy(tiny_model, tokenizer, torch.float32) for _ in range(2))
-    beside = lora.prepare(beside, sft.Args(lora_rank=64))  # as wide as its widest layer
+    beside = common.prepare(beside, sft.Args(lora_rank=64))  # as wide as its widest layer
     for module in beside.modules():
         if hasattr(module, "lora_a"):
             torch.nn.init.eye_(module.lora_a)

@@ -998,10 +998,8 @@ def test_the_readmes_settings_run_from_data_to_the_judges_files(setting, digits_
     )
     for benchmark in QUESTIONS:
         write_questions(tmp_path, benchmark)
-    for script in SCRIPTS:
+    for script in (*SCRIPTS, "common"):
         shutil.copy(ROOT / f"{script}.py", tmp_path)
-    for module in ("common", "lora"):
-        shutil.copy(ROOT / f"{module}.py", tmp_path)
     local = {
         r"torchrun --nproc_per_node 8": "python",
         r"(meta-llama|mistralai)/": f"{tmp_path}/models/",

@@ -137,6 +137,8 @@ def report(rows: list[dict], picture: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 4.5))
     middle = lambda members: [interval(column(members, key))[0] for key in ("kl", "gold")]
     for policy, color in COLORS.items():
+        if not of(policy, {}):
+            continue
         points = [middle(of(policy, setting)) for setting in SETTINGS[:4] if of(policy, setting)]
         axis.plot(*zip(*points), "o:", color=color, label=f"{policy.upper()}: all tokens, K = 8, 4, 1")
         for k, mark in ((8, "s-"), (4, "^-")):

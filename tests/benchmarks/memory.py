@@ -22,7 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import lora
+import common
 import train_dvpo
 
 LLAMA = dict(num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=128256, intermediate_size=8192)
@@ -106,7 +106,7 @@ def tracked(shape: str, world_size: int, rank: int, batch: int, length: int) -> 
         torch.set_default_dtype(torch.bfloat16 if rank else torch.float32)
         model = LlamaForCausalLM(config_of(shape)).train()
         torch.set_default_dtype(torch.float32)
-        lora.prepare(model, train_dvpo.Args(lora_rank=rank, gradient_checkpointing=True))
+        common.prepare(model, train_dvpo.Args(lora_rank=rank, gradient_checkpointing=True))
         base = model.base_model
 
         def loss(model, ids):

@@ -68,7 +68,6 @@ def measure(method: str, args: Args) -> dict:
     from torch.distributed.tensor import DTensor
 
     import common
-    import lora
 
     cuda = torch.cuda.is_available()
     hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[args.size]
@@ -91,7 +90,7 @@ def measure(method: str, args: Args) -> dict:
         transformers.AutoModelForSequenceClassification, dtype
     )
     common.fingerprint = lambda *arguments: "no files to read"
-    common.Run.save = common.Run.save_checkpoint = lora.merged = lambda *arguments: None
+    common.Run.save = common.Run.save_checkpoint = common.merged = lambda *arguments: None
 
     # What is alive when an optimizer has stepped and gradients are still there.
     state_bytes, counting, adamw_step = 0, True, torch.optim.AdamW.step
@@ -141,13 +140,13 @@ def measure(method: str, args: Args) -> dict:
             )
         )  # fmt: skip
         rows = [json.loads(line) for line in (Path(folder) / "out" / "metrics.jsonl").read_text().splitlines()][2:]
+        dtype = json.loads((Path(folder) / "out" / "args.json").read_text())["dtype"]
     result = {phase: statistics.median(row[f"time/{phase}"] for row in rows) for phase in PHASES}
     lengths = statistics.mean(row["val/response_length"] for row in rows)
     device = torch.cuda.get_device_name() if cuda else "CPU, one core"
     peak = rows[-1]["time/peak_mem_gb"] if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     return {**result, "state_gb": state_bytes / 1e9, "peak_gb": peak,
-            "response_length": lengths, "device": device, "dtype": str(common.compute_dtype(args.dtype, torch.device(
-                "cuda" if cuda else "cpu"))).removeprefix("torch."), "torch": torch.__version__,
+            "response_length": lengths, "device": device, "dtype": dtype, "torch": torch.__version__,
             "transformers": transformers.__version__}  # fmt: skip
 
 
