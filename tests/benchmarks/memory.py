@@ -1,6 +1,6 @@
-"""Bytes a GPU holds in an update, by a formula, and the same counted by FSDP2's memory tracker without any GPU.
+"""Bytes a GPU holds, by a formula, and an update's counted by FSDP2's memory tracker, without any GPU.
 
-    python tests/benchmarks/memory.py            # the table
+    python tests/benchmarks/memory.py            # the table, by formula
     python tests/benchmarks/memory.py --check    # formula against tracker, where the policy alone takes a step
 
 The tracker runs the real forward and backward pass of the sharded policy on tensors without data, as one rank of a
@@ -39,6 +39,8 @@ class Args:
     """compare with the tracker, which takes some minutes, instead of printing the table"""
     micro_batch_size: int = 4
     """sequences per forward and backward (per rank)"""
+    rollout_micro_batch_size: int = 32
+    """answers sampled at once (per rank)"""
     length: int = 1024
     """tokens of a sequence, prompt and answer"""
     lora_rank: int = 32
@@ -59,16 +61,24 @@ def sizes(config: LlamaConfig, rank: int) -> tuple[int, int, int]:
     return sum(a * b for a, b in linear), c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2), pairs
 
 
-def state(shape: str, world_size: int, rank: int, trained: int, frozen: int, adam: bool = True) -> float:
-    """Bytes of all shards: 16 a trained parameter (weight, gradient, Adam's two), 2 a frozen one."""
+def state(shape: str, world_size: int, rank: int, trained: int, frozen: int, each: int = 16) -> float:
+    """Bytes of all shards: `each` a trained parameter (weight 4, gradient 4, Adam's two 8), 2 a frozen one."""
     config = config_of(shape)
     layer, root, pairs = sizes(config, rank)
-    whole, per_trained = config.num_hidden_layers * layer + root, 16 if adam else 8
+    whole = config.num_hidden_layers * layer + root
     if rank:  # the trained models' bases are frozen
         frozen, whole_trained = frozen + trained, config.num_hidden_layers * pairs
     else:
         whole_trained = whole
-    return (per_trained * trained * whole_trained + 2 * frozen * whole) / world_size
+    return (each * trained * whole_trained + 2 * frozen * whole) / world_size
+
+
+def rollout(shape: str, rank: int, batch: int, length: int) -> float:
+    """Bytes of the policy, whole, and of the key-value cache, while answers are sampled."""
+    config = config_of(shape)
+    layer, root, pairs = sizes(config, rank)
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * batch * length
+    return 2 * (config.num_hidden_layers * (layer + pairs) + root) + 2 * cache
 
 
 def working(shape: str, rank: int, batch: int, length: int) -> float:
@@ -122,7 +132,7 @@ def main(args: Args) -> None:
             for world_size in (1, 8, 64):
                 for rank in (0, args.lora_rank):
                     counted = tracked(shape, world_size, rank, args.micro_batch_size, args.length)
-                    expected = state(shape, world_size, rank, 1, 0, adam=False)
+                    expected = state(shape, world_size, rank, 1, 0, each=8)  # the tracker miscounts optimizers
                     expected += working(shape, rank, args.micro_batch_size, args.length)
                     print(f"| {shape} | {world_size} | {rank} | {gb(counted)} | {gb(expected)} | "
                           f"{expected / counted:.2f} |", flush=True)  # fmt: skip
@@ -135,7 +145,10 @@ def main(args: Args) -> None:
                 cells = []
                 for world_size in (1, 8, 64):
                     models = state(shape, world_size, rank, trained, frozen)
-                    cells += [gb(models), gb(models + working(shape, rank, args.micro_batch_size, args.length))]
+                    update = models + working(shape, rank, args.micro_batch_size, args.length)
+                    sampling = state(shape, world_size, rank, trained, frozen, each=12)  # no gradients
+                    sampling += rollout(shape, rank, args.rollout_micro_batch_size, args.length)
+                    cells += [gb(models), gb(max(update, sampling))]
                 print(f"| {shape} | {method} | {f'LoRA {rank}' if rank else 'all'} | {' | '.join(cells)} |")
 
 

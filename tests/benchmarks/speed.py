@@ -54,6 +54,8 @@ class Args:
     """passes over each rollout"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """as the scripts' own"""
+    lora_rank: int = 0
+    """as the scripts' own"""
     gradient_checkpointing: bool = False
     """as the scripts' own"""
 
@@ -88,7 +90,7 @@ def measure(method: str, args: Args) -> dict:
         transformers.AutoModelForSequenceClassification, dtype
     )
     common.fingerprint = lambda *arguments: "no files to read"
-    common.Run.save = common.Run.save_checkpoint = lambda *arguments: None
+    common.Run.save = common.Run.save_checkpoint = common.merged = lambda *arguments: None
 
     # What is alive when an optimizer has stepped and gradients are still there.
     state_bytes, counting, adamw_step = 0, True, torch.optim.AdamW.step
@@ -134,7 +136,7 @@ def measure(method: str, args: Args) -> dict:
                 num_updates=args.num_updates, rollout_batch_size=args.rollout_batch_size, num_epochs=args.num_epochs,
                 micro_batch_size=args.micro_batch_size, response_length=args.response_length,
                 max_prompt_length=2 * args.prompt_length, dtype=args.dtype,
-                gradient_checkpointing=args.gradient_checkpointing, **own,
+                lora_rank=args.lora_rank, gradient_checkpointing=args.gradient_checkpointing, **own,
             )
         )  # fmt: skip
         rows = [json.loads(line) for line in (Path(folder) / "out" / "metrics.jsonl").read_text().splitlines()][2:]
