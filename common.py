@@ -347,10 +347,8 @@ def read_rows(dataset: str, splits: tuple[str, ...]):
 
 
 def load_examples(dataset: str, needs: str) -> tuple[list[Example], list[Example]]:
-    """Train and held-out examples of `dataset`; `needs` is "prompts", "answers", "pairs" or "scores".
-
-    Held-out prompts are a task's own, else chosen by hash, so every stage and every seed holds out the same ones.
-    """
+    """Train and held-out examples of `dataset`; `needs` is "prompts", "answers", "pairs" or "scores". Held-out prompts
+    are a task's own, else chosen by hash, so every stage and every seed holds out the same ones."""
     task = load_task(dataset)
     if task:
         return tuple(to_examples(list(task.rows(split)), f"{dataset}:{split}", needs) for split in ("train", "heldout"))
@@ -727,16 +725,6 @@ def prepare(model, args):
     return model
 
 
-def merged(model, dtype: torch.dtype) -> dict:
-    """The whole model, pairs merged, on rank 0's CPU in `dtype`, empty on other ranks; every rank must call."""
-    whole = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = dcp_state.get_model_state_dict(model, options=whole)
-    for name in [name for name in state if name.endswith("lora_a")]:
-        a, b, weight = state.pop(name), state.pop(name[:-1] + "b"), name[: -len("lora_a")] + "weight"
-        state[weight] = state[weight].float() + b @ a
-    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-
-
 # ---- Output folders and checkpoints ----------------------------------------------------------------------------------
 # What may differ when a run is resumed: it does not change what is computed.
 FREE_SETTINGS = {"output_dir", "reward_output_dir", "resume", "checkpoint_every", "track", "dry_run", "max_kl",
@@ -885,14 +873,19 @@ class Run:
             for old in self.checkpoints()[:-2]:
                 shutil.rmtree(old)
 
-    def save(self, model, state_dict: dict, tokenizer, title: str) -> None:
-        """Write model (safetensors), config, tokenizer, chat template and model card, and end the run."""
+    def save(self, model, dtype: torch.dtype, tokenizer, title: str) -> None:
+        """Write the whole model, pairs merged, in `dtype`, its tokenizer and a model card; every rank must call."""
+        whole = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state_dict = dcp_state.get_model_state_dict(model, options=whole)  # empty but on rank 0
         if self.writes:
+            for layer in [name.removesuffix("lora_a") for name in state_dict if name.endswith("lora_a")]:
+                update = state_dict.pop(layer + "lora_b") @ state_dict.pop(layer + "lora_a")
+                state_dict[layer + "weight"] = state_dict[layer + "weight"].float() + update
+            state_dict = {name: x.to(dtype) if x.is_floating_point() else x for name, x in state_dict.items()}
             if model.config.tie_word_embeddings:
                 state_dict.pop("lm_head.weight", None)  # it is the embedding, stored once
             bad = [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]
             check(not bad, f"{self.folder}: not saved, as {', '.join(bad[:3])} is not finite")
-            dtype = next(iter(state_dict.values())).dtype
             model.save_pretrained(self.folder, state_dict=state_dict)  # empties the dict
             model.config.dtype = dtype  # not that of the fp32 model that was trained
             model.config.save_pretrained(self.folder)

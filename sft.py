@@ -313,7 +313,7 @@ def main(args: Args) -> None:
         run.checkpoint(update)
 
     # ---- 6 Save ------------------------------------------------------------------------------------------------------
-    run.save(policy, common.merged(policy, dtype), tokenizer, "Supervised fine-tuned policy")
+    run.save(policy, dtype, tokenizer, "Supervised fine-tuned policy")
     common.log(f"next: python train_gvm.py --model-path {args.output_dir} --dataset {args.dataset} "
                f"--response-length {args.response_length}")  # fmt: skip
     common.end_processes()

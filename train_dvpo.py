@@ -588,7 +588,7 @@ def main(args: Args) -> None:
         run.checkpoint(update)
 
     # ---- 8 Save ------------------------------------------------------------------------------------------------------
-    run.save(policy, common.merged(policy, dtype), tokenizer, "Policy trained by DVPO")
+    run.save(policy, dtype, tokenizer, "Policy trained by DVPO")
     common.log(f"next: python evaluate.py sft={args.model_path} dvpo={args.output_dir} --reference-path "
                f"{args.model_path} --gvm-path {args.gvm_path} --dataset {args.dataset} --response-length "
                f"{args.response_length}")  # fmt: skip

@@ -340,7 +340,7 @@ def main(args: Args) -> None:
         run.checkpoint(update)
 
     # ---- 6 Save ------------------------------------------------------------------------------------------------------
-    run.save(gvm, common.merged(gvm, dtype), tokenizer, "Global value model (GVM)")
+    run.save(gvm, dtype, tokenizer, "Global value model (GVM)")
     if done < num_updates and "gvm/pair_accuracy" in metrics:
         common.log(f"ranks {metrics['gvm/pair_accuracy']:.0%} of {len(heldout_set) // 2} held-out pairs correctly; "
                    f"with half of the answer seen {metrics['gvm/pair_accuracy_half']:.0%}")  # fmt: skip

@@ -492,7 +492,7 @@ def train_reward_model(args: Args, tokenizer, mesh, dtype, trained_dtype, device
             metrics["rm/pair_accuracy"] = pair_accuracy(rm, heldout_set, tokenizer.pad_token_id, device, args)
         run.log(update, metrics, ("rm/loss", "rm/pair_accuracy", "optim/lr"))
         run.checkpoint(update)
-    run.save(rm, common.merged(rm, dtype), tokenizer, "Reward model (Bradley-Terry)")
+    run.save(rm, dtype, tokenizer, "Reward model (Bradley-Terry)")
 
 
 def main(args: Args) -> None:
@@ -728,7 +728,7 @@ def main(args: Args) -> None:
         run.checkpoint(update)
 
     # ---- 8 Save ------------------------------------------------------------------------------------------------------
-    run.save(policy, common.merged(policy, dtype), tokenizer, "Policy trained by PPO (baseline of DVPO)")
+    run.save(policy, dtype, tokenizer, "Policy trained by PPO (baseline of DVPO)")
     common.log(f"next: python evaluate.py sft={args.model_path} ppo={args.output_dir} --reference-path "
                f"{args.model_path} --gvm-path None --dataset {args.dataset} --response-length "
                f"{args.response_length}")  # fmt: skip

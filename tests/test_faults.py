@@ -494,8 +494,9 @@ def test_a_damaged_log_is_refused(damage, stopped):
 
 
 def test_a_model_that_is_not_finite_is_not_saved(settings, tmp_path, monkeypatch):
-    merged = common.merged
-    monkeypatch.setattr(common, "merged", lambda *args: {k: v * torch.nan for k, v in merged(*args).items()})
+    whole = common.dcp_state.get_model_state_dict
+    broken = lambda *args, **more: {name: tensor * torch.nan for name, tensor in whole(*args, **more).items()}
+    monkeypatch.setattr(common.dcp_state, "get_model_state_dict", broken)
     with pytest.raises(common.UserError, match="not saved, as .* is not finite"):
         train("sft", settings("sft", tmp_path / "run"))
     assert not (tmp_path / "run" / "model.safetensors").exists()

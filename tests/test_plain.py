@@ -179,7 +179,7 @@ def test_pairs_switched_off_and_merged(dtype, tiny_model, tmp_path, processes):
         assert torch.equal(logprobs(policy), moved) and (moved - start).abs().max() > 0.1
         run = common.Run(args, sft.__file__)
         (tmp_path / "out").mkdir()
-        run.save(policy, common.merged(policy, dtype), tokenizer, "merged")
+        run.save(policy, dtype, tokenizer, "merged")
         merged = logprobs(sharded(common.load_policy(str(tmp_path / "out"), tokenizer, dtype)))
     torch.testing.assert_close(merged, moved, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
 
