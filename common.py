@@ -460,12 +460,13 @@ def tokenize_answers(tokenizer, answers: list[str], max_length: int) -> list[arr
     """Token ids of answers without control tokens, each with its end-of-turn token, cut to `max_length`."""
     lead, end, controls = chat_marks(tokenizer)
     skip, tokens = len(tokenizer(lead, add_special_tokens=False).input_ids), []
-    cut, counts = f"cut to --response-length {max_length} tokens", Counter()
-    spoilt = f"had control tokens such as {tokenizer.decode([end])!r} in their text"
+    unknown, cut = "have parts unknown to the tokenizer", f"cut to --response-length {max_length} tokens"
+    spoilt, counts = f"had control tokens such as {tokenizer.decode([end])!r} in their text", Counter()
     for start in range(0, len(answers), 1000):  # all at once would take 168 bytes a token; an array takes 4
         part = [lead + answer for answer in answers[start : start + 1000]]
         for ids in tokenizer(part, add_special_tokens=False).input_ids:
             kept = [i for i in ids[skip:] if i not in controls] + [end]
+            counts[unknown] += tokenizer.unk_token_id in ids
             counts[spoilt] += skip + len(kept) <= len(ids)
             counts[cut] += len(kept) > max_length
             tokens.append(array("i", kept[:max_length]))

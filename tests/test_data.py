@@ -332,6 +332,13 @@ def test_prompt_and_answer_tokens():
     assert common.tokenize_answers(tokenizer, ["dog and cow."], 2) == [answer[:2]]  # cut, without an end
 
 
+def test_unknown_words_are_counted(capsys):
+    common.tokenize_answers(lists.model()[1], ["dog and xylophone.", "cat."], 20)
+    assert "1 of 2 answers have parts unknown to the tokenizer" in capsys.readouterr().out
+    common.tokenize_answers(lists.model()[1], ["dog and cow."], 20)
+    assert "unknown" not in capsys.readouterr().out
+
+
 def test_control_tokens_in_a_text(capsys):
     """An answer ends once, whatever it quotes; a prompt that could speak in another role is left out."""
     tokenizer = lists.model()[1]
