@@ -90,7 +90,7 @@ def measure(method: str, args: Args) -> dict:
         transformers.AutoModelForSequenceClassification, dtype
     )
     common.fingerprint = lambda *arguments: "no files to read"
-    common.Run.save = common.Run.save_checkpoint = common.merged = lambda *arguments: None
+    common.Run.save = common.Run.save_checkpoint = lambda *arguments: None
 
     # What is alive when an optimizer has stepped and gradients are still there.
     state_bytes, counting, adamw_step = 0, True, torch.optim.AdamW.step
