@@ -77,10 +77,10 @@ WRITERS = {
 OBEY = {
     "word": lambda text, word: f"{text} Think of {word} as well.",
     "short": lambda text, limit: " ".join(text.split()[: int(limit)]).rstrip(".,;:") + ".",
-    "lowercase": lambda text, _: text.lower(),
     "no commas": lambda text, _: text.replace(",", ""),
     "quotes": lambda text, _: '"' + text.replace('"', "") + '"',
     "ending": lambda text, ending: f"{text} {ending}",
+    "lowercase": lambda text, _: text.lower(),
 }
 
 
@@ -205,11 +205,12 @@ def one_seed(seed: int, task: str, folder: Path, args: Args, size: Size) -> None
 
     reinforce = dict(train, model_path=path("sft"), learning_rate=size.policy_rate, num_updates=size.num_updates,
                      num_epochs=1, rollout_batch_size=size.rollout, checkpoint_every=5)  # fmt: skip
-    judge("model", args.model, "None")
-    judge("sft", path("sft"), path("gvm"))
     for i in (1, 0, 2):
         dvpo, ppo = PRICES["dvpo"][i], PRICES["ppo"][i]
         run("train_dvpo", gvm_path=path("gvm"), output_dir=path(f"dvpo_{dvpo}"), kl_coef=dvpo, **reinforce)
+        if i == 1:
+            judge("sft", path("sft"), path("gvm"))
+            judge("model", args.model, "None")
         judge(f"dvpo_{dvpo}", path(f"dvpo_{dvpo}"), "None")
         reward = dict(reward_path=path("rm"))
         if i == 1:  # the first one trains the reward model
