@@ -83,7 +83,11 @@ def test_the_score_needs_the_file_alone():
 
 def test_an_obedient_writer_keeps_every_form_and_the_writers_differ_in_skill(monkeypatch):
     monkeypatch.setitem(english.WRITERS, "obedient", (1.0, 0.0, 0.0))
-    sentences = ["{} are old, and people like {}.", "Some of the {} in this town are large.", "Children draw {} at school."]
+    sentences = [
+        "{} are old, and people like {}.",
+        "Some of the {} in this town are large.",
+        "Children draw {} at school.",
+    ]
     topics = instructions.TOPICS["train"]
     bank = {topic: [text.format(topic.capitalize(), topic) for text in sentences] for topic in topics}
     means = {}
