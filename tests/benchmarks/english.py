@@ -50,7 +50,7 @@ class Args:
 class Size:
     train: int  # prompts
     pairs: int  # to learn from, at most, of each
-    heldout: int  # prompts to evaluate, a pair of each to rank
+    heldout: int  # prompts, a pair of each to rank and two answers of each policy to score
     response_length: int  # tokens
     sft_pairs: int
     num_updates: int  # of DVPO and PPO
@@ -200,7 +200,7 @@ def one_seed(seed: int, task: str, folder: Path, args: Args, size: Size) -> None
     def judge(name: str, model: str, gvm: str) -> None:
         if not (folder / "eval" / name / "results.json").exists():
             run("evaluate", names=[f"{name}={model}"], reference_path=path("sft"), gvm_path=gvm, seed=seed,
-                output_dir=path(f"eval/{name}"), num_prompts=size.heldout, samples_per_prompt=1,
+                output_dir=path(f"eval/{name}"), num_prompts=size.heldout, samples_per_prompt=2,
                 micro_batch_size=2 * size.batch, **data)  # fmt: skip
 
     reinforce = dict(train, model_path=path("sft"), learning_rate=size.policy_rate, num_updates=size.num_updates,
