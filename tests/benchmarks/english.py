@@ -1,9 +1,9 @@
 """Real English by a real pretrained model: does what holds for nine tokens hold here? One command, which goes on where
 it was stopped:
 
-    python tests/benchmarks/english.py --model PATH [--out runs/english] [--small] [--seeds N]
+    python tests/benchmarks/english.py --model MODEL [--out runs/english] [--small] [--seeds N]
 
-`--model`: a chat model in a local folder, SmolLM2-135M-Instruct in our runs. The prompts and the exact score are those
+The model in our runs is SmolLM2-135M-Instruct. The prompts and the exact score are those
 of tests/tasks/instructions.py. The model answers the prompts; five writers of different skill make answers of its
 sentences; the exact score ranks two of them, without noise, and ties are dropped. Then sft, train_gvm, train_dvpo and
 train_ppo_baseline at three KL prices (all with one reward model), and evaluate on held-out topics and wordings.
@@ -26,6 +26,7 @@ import transformers
 import tyro
 
 ROOT = Path(__file__).parents[2]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tasks")]
 
 import instructions  # noqa: E402
@@ -37,7 +38,7 @@ import evaluate  # noqa: E402
 @dataclass
 class Args:
     model: str
-    """chat model to start from: local folder"""
+    """chat model to start from: local folder or hub id"""
     out: str = "runs/english"
     """folder for everything made"""
     small: bool = False
@@ -59,7 +60,7 @@ class Size:
     policy_rate: float
 
 
-FULL = Size(4000, 1, 256, 96, 2000, 100, 64, 64, 1e-5)
+FULL = Size(4000, 1, 256, 96, 2000, 80, 64, 64, 1e-5)
 SMALL = Size(96, 2, 48, 48, 96, 8, 16, 16, 3e-5)
 # KL prices. The second is the scripts' default, and is run first.
 PRICES = {"dvpo": (0.01, 0.05, 0.2), "ppo": (0.02, 0.1, 0.4)}
@@ -87,14 +88,13 @@ OBEY = {
 @torch.no_grad()
 def model_answers(path: str, prompts: list[list[dict]], size: Size) -> list[str]:
     """What the model answers to `prompts`, sampled at a temperature of 0.7."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = common.load_tokenizer(path)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(DEVICE)
     torch.manual_seed(0)
     texts = []
     for i in range(0, len(prompts), 2 * size.batch):
         tokens = [common.tokenize_prompt(tokenizer, prompt) for prompt in prompts[i : i + 2 * size.batch]]
-        ids, mask = (x.to(device) for x in common.pad(tokens, tokenizer.pad_token_id, "left"))
+        ids, mask = (x.to(DEVICE) for x in common.pad(tokens, tokenizer.pad_token_id, "left"))
         out = model.generate(ids, attention_mask=mask, do_sample=True, temperature=0.7, top_k=0,
                              max_new_tokens=size.response_length, pad_token_id=tokenizer.pad_token_id)  # fmt: skip
         texts += tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
@@ -219,7 +219,6 @@ def one_seed(seed: int, task: str, folder: Path, args: Args, size: Size) -> None
         run("train_ppo_baseline", output_dir=path(f"ppo_{ppo}"), kl_coef=ppo,
             critic_learning_rate=2 * size.policy_rate, **reward, **reinforce)  # fmt: skip
         judge(f"ppo_{ppo}", path(f"ppo_{ppo}"), "None")
-        report(Path(args.out), args, size)
 
 
 # ---- Report ----------------------------------------------------------------------------------------------------------
@@ -245,8 +244,8 @@ def share(right: float, n: int) -> str:
 def report(folder: Path, args: Args, size: Size) -> None:
     """Of all that is finished: results.json, samples.md and a table."""
     tokenizer = common.load_tokenizer(args.model)
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    results = {"args": vars(args), "size": vars(size), "policies": [], "judges": []}
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE)
+    results = {"size": vars(size), "policies": [], "judges": []}
     num_pairs = len((folder / "heldout.jsonl").read_text().splitlines())
     for seed in range(1, args.seeds + 1):
         runs = folder / f"seed{seed}"
@@ -290,11 +289,11 @@ def samples(evals: Path, file: Path) -> None:
 def main(args: Args) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    size, folder = (SMALL if args.small else FULL), Path(args.out).absolute()
-    args.model, args.out = str(Path(args.model).absolute()), str(folder)
+    size, folder = (SMALL if args.small else FULL), Path(args.out)
     task = make_task(folder, args, size)
     for seed in range(1, args.seeds + 1):
         one_seed(seed, task, folder / f"seed{seed}", args, size)
+        report(folder, args, size)
 
 
 if __name__ == "__main__":
