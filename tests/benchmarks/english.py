@@ -246,7 +246,10 @@ def report(folder: Path, args: Args, size: Size) -> None:
     tokenizer = common.load_tokenizer(args.model)
     model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE)
     results = {"size": vars(size), "policies": [], "judges": []}
-    num_pairs = len((folder / "heldout.jsonl").read_text().splitlines())
+    pairs = [json.loads(line) for line in (folder / "heldout.jsonl").read_text().splitlines()]
+    ends = torch.tensor([[pair[side][-1] in '.!?"' for side in ("chosen", "rejected")] for pair in pairs])
+    rule = evaluate.wins(*ends.unbind(1)).mean().item()  # how far one gets without reading
+    results["judges"].append({"judge": "rule that an answer with an end beats one without", "last": rule})
     for seed in range(1, args.seeds + 1):
         runs = folder / f"seed{seed}"
         for file in sorted(runs.glob("eval/*/results.json"), key=lambda file: file.stat().st_mtime):
@@ -257,11 +260,10 @@ def report(folder: Path, args: Args, size: Size) -> None:
             results["policies"].append({"seed": seed, "name": name, **row})
             if "gvm" in found:
                 results["judges"].append({"seed": seed, "judge": "GVM", "last": found["gvm"]["pair_accuracy"]["last"],
-                                          "pairs": num_pairs, "by_fraction": found["gvm"]["by_fraction"]})  # fmt: skip
+                                          "by_fraction": found["gvm"]["by_fraction"]})  # fmt: skip
         if (runs / "rm" / "README.md").exists():
             last = json.loads((runs / "rm" / "metrics.jsonl").read_text().splitlines()[-1])
-            results["judges"].append({"seed": seed, "judge": "RM", "last": last["rm/pair_accuracy"],
-                                      "pairs": num_pairs})  # fmt: skip
+            results["judges"].append({"seed": seed, "judge": "RM", "last": last["rm/pair_accuracy"]})
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print("| seed | policy, KL price | gold | KL | perplexity | tokens | ends |\n|---|---|---|---|---|---|---|")
     for row in results["policies"]:
@@ -269,7 +271,8 @@ def report(folder: Path, args: Args, size: Size) -> None:
         numbers = " | ".join(f"{row[key]:.2f}" for key in ("kl", "perplexity", "response_length", "eos_rate"))
         print(f"| {row['seed']} | {row['name'].replace('_', ', ')} | {gold} | {numbers} |")
     for row in results["judges"]:
-        print(f"seed {row['seed']}: the {row['judge']} ranks {share(row['last'], row['pairs'])} held-out pairs rightly")
+        seed = f"seed {row['seed']}: " if "seed" in row else ""
+        print(f"{seed}the {row['judge']} ranks {share(row['last'], len(pairs))} held-out pairs rightly")
     samples(folder / "seed1" / "eval", folder / "samples.md")
 
 
