@@ -100,3 +100,18 @@ def test_an_obedient_writer_keeps_every_form_and_the_writers_differ_in_skill(mon
         means[writer] = sum(scores) / len(scores)
     assert means["obedient"] == 1.0
     assert means["obedient"] > means["careful"] > means["middling"] > max(means["hasty"], means["wandering"])
+
+
+def test_pairs_are_ranked_by_the_exact_score_and_plug_in_as_a_task(monkeypatch, tmp_path):
+    about = lambda prompt: instructions.topic(prompt[-1]["content"])
+    plain = lambda path, prompts, size: [f"I know {about(prompt)} very well. But" for prompt in prompts]
+    monkeypatch.setattr(english, "model_answers", plain)
+    path = english.make_task(tmp_path, english.Args(model="none"), english.SMALL)
+    score = common.load_task(path).score
+    train, heldout = common.load_examples(path, needs="pairs")
+    assert len(train) > english.SMALL.train and len(heldout) > english.SMALL.heldout / 2
+    for example in train + heldout:
+        assert example.score_chosen == score(example.prompt, example.chosen)
+        assert example.score_rejected == score(example.prompt, example.rejected) < example.score_chosen
+        assert {example.chosen_policy, example.rejected_policy} < set(english.WRITERS)
+    assert {example.chosen_policy for example in train} == set(english.WRITERS)
