@@ -205,12 +205,10 @@ def one_seed(seed: int, task: str, folder: Path, args: Args, size: Size) -> None
 
     reinforce = dict(train, model_path=path("sft"), learning_rate=size.policy_rate, num_updates=size.num_updates,
                      num_epochs=1, rollout_batch_size=size.rollout, checkpoint_every=5)  # fmt: skip
+    judge("sft", path("sft"), path("gvm"))
     for i in (1, 0, 2):
         dvpo, ppo = PRICES["dvpo"][i], PRICES["ppo"][i]
         run("train_dvpo", gvm_path=path("gvm"), output_dir=path(f"dvpo_{dvpo}"), kl_coef=dvpo, **reinforce)
-        if i == 1:
-            judge("sft", path("sft"), path("gvm"))
-            judge("model", args.model, "None")
         judge(f"dvpo_{dvpo}", path(f"dvpo_{dvpo}"), "None")
         reward = dict(reward_path=path("rm"))
         if i == 1:  # the first one trains the reward model
@@ -219,6 +217,7 @@ def one_seed(seed: int, task: str, folder: Path, args: Args, size: Size) -> None
         run("train_ppo_baseline", output_dir=path(f"ppo_{ppo}"), kl_coef=ppo,
             critic_learning_rate=2 * size.policy_rate, **reward, **reinforce)  # fmt: skip
         judge(f"ppo_{ppo}", path(f"ppo_{ppo}"), "None")
+    judge("model", args.model, "None")
 
 
 # ---- Report ----------------------------------------------------------------------------------------------------------
