@@ -61,7 +61,7 @@ class Size:
 
 
 FULL = Size(4000, 1, 256, 96, 2000, 80, 64, 64, 1e-5)
-SMALL = Size(96, 2, 48, 48, 96, 8, 16, 16, 3e-5)
+SMALL = Size(96, 2, 48, 48, 96, 8, 16, 16, 8e-5)
 # KL prices. The second is the scripts' default, and is run first.
 PRICES = {"dvpo": (0.01, 0.05, 0.2), "ppo": (0.02, 0.1, 0.4)}
 
