@@ -279,7 +279,7 @@ def samples(evals: Path, file: Path) -> None:
     """The first twenty held-out prompts, with an answer of each policy at the middle KL price and its exact score."""
     names = [name for name in ("model", "sft", f"dvpo_{PRICES['dvpo'][1]}", f"ppo_{PRICES['ppo'][1]}")
              if (evals / name / "results.json").exists()]  # fmt: skip
-    answers = [json.loads((evals / name / "answers.json").read_text())[:20] for name in names]
+    answers = [json.loads((evals / name / "answers.json").read_text())[:40:2] for name in names]
     text = "# Twenty samples: the first held-out prompts, an answer each, and its exact score\n"
     for rows in zip(*answers):
         text += f"\n**{rows[0]['instruction']}**\n\n"
