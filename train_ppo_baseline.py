@@ -57,7 +57,7 @@ class Args:
     reward_num_epochs: int = 3
     """passes over the preference pairs"""
     reward_learning_rate: float | None = None
-    """AdamW's peak, decayed linearly to zero; None: 2e-4, to be named for wider models: data, not RL, decides it"""
+    """AdamW's peak, decayed linearly to zero; None: 2e-4, to be named for models wider than 256"""
     reward_warmup_fraction: float = 0.1
     """share of the RM's updates in which its learning rate rises"""
     reward_batch_size: int = 32
