@@ -379,8 +379,8 @@ def to_examples(rows, dataset: str, needs: str) -> list[Example]:
             check(needs != "answers" or row.get("label") is not False, "labelled false")
             examples.append(from_row(row, kind, needs))
         except (UserError, KeyError, TypeError, AttributeError) as error:
-            foreseen = isinstance(error, UserError)
-            dropped[str(error) if foreseen else f"malformed row ({type(error).__name__}: {error})"] += 1
+            malformed = f"malformed row, or a null ({type(error).__name__}: {error})"
+            dropped[str(error) if isinstance(error, UserError) else malformed] += 1
     unread = "; not read: " * (len(read) < len(found)) + ", ".join(column for column in found if column not in read)
     log(f"dataset {dataset}: {kind} ({', '.join(read)}{unread}), {len(rows)} rows, {len(examples)} examples")
     reasons = "; ".join(f"{count} x {reason}" for reason, count in dropped.most_common())
