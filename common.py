@@ -168,11 +168,9 @@ def td_lambda_returns(values, rewards, mask, gamma: float, lam: float) -> torch.
     `values (B, R + 1)`, `rewards (B, R)`, `mask (B, R)` True on response tokens; returns `(B, R + 1)`, zero after the
     last token T: `G_T = r_T`, `G_t = r_t + gamma ((1 - lam) values_{t+1} + lam G_{t+1})`, r_0 = 0 at the prompt.
     """
-    zero = values.new_zeros(len(values), 1)
-    rewards = rewards.masked_fill(~mask, 0.0)
-    next_values = values[:, 1:].masked_fill(~mask, 0.0)  # (B, R)
-    steps = torch.cat([zero, rewards], 1) + gamma * (1 - lam) * torch.cat([next_values, zero], 1)  # (B, R + 1)
-    return discounted_sums(steps, gamma * lam)
+    rewards = torch.nn.functional.pad(rewards.masked_fill(~mask, 0.0), (1, 0))  # (B, R + 1)
+    next_values = torch.nn.functional.pad(values[:, 1:].masked_fill(~mask, 0.0), (0, 1))  # (B, R + 1)
+    return discounted_sums(rewards + gamma * (1 - lam) * next_values, gamma * lam)
 
 
 def gae(values, rewards, mask, gamma: float, lam: float) -> torch.Tensor:
@@ -382,9 +380,9 @@ def to_examples(rows, dataset: str, needs: str) -> list[Example]:
             malformed = f"malformed row, or a null ({type(error).__name__}: {error})"
             dropped[str(error) if isinstance(error, UserError) else malformed] += 1
     unread = "; not read: " * (len(read) < len(found)) + ", ".join(column for column in found if column not in read)
-    log(f"dataset {dataset}: {kind} ({', '.join(read)}{unread}), {len(rows)} rows, {len(examples)} examples")
     reasons = "; ".join(f"{count} x {reason}" for reason, count in dropped.most_common())
-    log(f"  dropped {dropped.total()} rows: {reasons or 'none'}")
+    lost = f"\n  dropped {dropped.total()} rows: {reasons}" * bool(dropped)
+    log(f"dataset {dataset}: {kind} ({', '.join(read)}{unread}), {len(rows)} rows, {len(examples)} examples{lost}")
     check(examples, f"--dataset {dataset}: no row can be used here: {reasons}")
     return examples
 
@@ -494,7 +492,8 @@ def fit_prompts(tokenizer, examples: list[Example], max_length: int, heldout: bo
         except UserError as error:
             dropped[str(error)] += 1
     reasons = "; ".join(f"{count} x {reason}" for reason, count in dropped.most_common(9))
-    log(f"  dropped prompts: {reasons or 'none'}")
+    if dropped:
+        log(f"  dropped prompts: {reasons}")
     check(kept or heldout, f"no prompt is left: {reasons}")
     return kept, tokens
 
@@ -790,7 +789,7 @@ class Run:
         """
         self.trained, self.num_updates, self.data = trained, num_updates, data
         self.carried, self.writer = types.SimpleNamespace(**carried), None
-        metrics, lines = self.folder / "metrics.jsonl", []
+        logged = ""
         if self.source:
             state = json.loads((self.source / "state.json").read_text())
             check(state["data"] == data, f"{self.source}: --dataset or a frozen model has changed since")
@@ -800,18 +799,14 @@ class Run:
                 dcp_state.set_state_dict(model, optimizer, **tensors[str(i)], options=TRAINED)
                 scheduler.load_state_dict(state["schedulers"][i])
             vars(self.carried).update(state["carried"])
-            with user_errors((OSError, ValueError, AttributeError), f"{metrics}: damaged, so the run cannot go on"):
-                lines = metrics.read_text().splitlines(keepends=True)[: self.done]
-                steps = [json.loads(line).get("step") for line in lines]
-            check(steps == list(range(1, self.done + 1)), f"{metrics}: updates are missing, so the run cannot go on")
+            logged = state["logged"]
         if self.writes:
             with user_errors(OSError, f"--output-dir {self.folder}: cannot be written"):
                 (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
                 (self.folder / ".dvpo-run").touch()
                 (self.folder / "args.json").write_text(json.dumps(asdict(self.args), indent=2) + "\n")
                 shutil.copy(self.script, self.folder / self.script.name)
-                metrics.with_suffix(".tmp").write_text("".join(lines))
-                os.replace(metrics.with_suffix(".tmp"), metrics)
+                (self.folder / "metrics.jsonl").write_text(logged)
         if self.writes and self.args.track:
             with user_errors(Exception, f"--track {self.args.track}: pip install -e '.[track]', for wandb log in"):
                 from torch.utils.tensorboard import SummaryWriter
@@ -864,7 +859,8 @@ class Run:
             shutil.rmtree(folder, ignore_errors=True)  # one that was damaged
             folder.mkdir()
             schedulers = [scheduler.state_dict() for _, _, scheduler in self.trained]
-            state = {"carried": vars(self.carried), "data": self.data, "schedulers": schedulers}
+            logged = (self.folder / "metrics.jsonl").read_text()  # so that it cannot be lost, or go on twice
+            state = {"carried": vars(self.carried), "data": self.data, "schedulers": schedulers, "logged": logged}
             (folder / "state.json").write_text(json.dumps(state))
         dist.barrier()
         dcp.save(self.tensors(), checkpoint_id=folder)  # on rank 0 it returns when all have written
