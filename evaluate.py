@@ -195,7 +195,7 @@ def next_values(model, tokens, mask, cache):
 
 
 @torch.no_grad()
-def generate(policy, guide, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, args: Args):
+def guided_generate(policy, guide, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: int, args: Args):
     """Sample answers as `train_dvpo.generate` does, or from its distribution cut by `--top-k` and tilted towards what
     the value model `guide`, if there is one, thinks good: q(a) ~ pi(a) exp(V(s, a) / BETA).
 
@@ -242,13 +242,13 @@ def generate(policy, guide, prompt_ids, prompt_mask, uniforms, end_ids, pad_id: 
     return response_ids, response_mask, tilt
 
 
-def load_policy(path: str, tokenizer, mesh, dtype: torch.dtype):
+def frozen_policy(path: str, tokenizer, mesh, dtype: torch.dtype):
     """A frozen, sharded policy."""
     policy = common.load_policy(path, tokenizer, dtype).eval().requires_grad_(False)
     return add_methods(shard(policy, mesh, dtype), token_logprobs, next_logits)
 
 
-def load_gvm(path: str, tokenizer, mesh, dtype: torch.dtype, args: Args):
+def frozen_gvm(path: str, tokenizer, mesh, dtype: torch.dtype, args: Args):
     """The frozen, sharded GVM, which must read the tokens of the policy at `path`."""
     common.check_same_tokenizer(path, tokenizer, args.gvm_path)
     gvm = common.load_value_model(args.gvm_path, tokenizer, dtype, fresh_head=False).eval().requires_grad_(False)
@@ -413,7 +413,7 @@ def sample(name, policy, reference, guide, prompts: list[list[int]], end_ids, pa
     parts = []
     for rows in mine.split(args.micro_batch_size):
         prompt_ids, prompt_mask = (x.to(device) for x in common.pad([prompts[i] for i in rows], pad_id, "left"))
-        response_ids, response_mask, tilt = generate(
+        response_ids, response_mask, tilt = guided_generate(
             policy, guide, prompt_ids, prompt_mask, uniforms[rows].to(device), end_ids, pad_id, args
         )
         kl = tilt.sum(1)  # (rows,)
@@ -475,8 +475,8 @@ def export(paths: dict[str, str], mesh, dtype: torch.dtype, device, args: Args) 
             file.parent.mkdir(parents=True, exist_ok=True)
     for name, path in paths.items():
         tokenizer = common.load_tokenizer(path)
-        policy = load_policy(path, tokenizer, mesh, dtype)
-        guide = load_gvm(path, tokenizer, mesh, dtype, args) if args.value_guided else None
+        policy = frozen_policy(path, tokenizer, mesh, dtype)
+        guide = frozen_gvm(path, tokenizer, mesh, dtype, args) if args.value_guided else None
         end_ids = torch.tensor(policy.generation_config.eos_token_id, device=device)  # (E,)
         chats, num_cut = [[] for _ in questions], 0
         for turn in range(len(turns[0])):  # the second one's prompt holds the policy's own first answer
@@ -696,8 +696,8 @@ def main(args: Args) -> None:
     common.log(f"{len(prompts)} held-out prompts x {args.samples_per_prompt} answers")
 
     # ---- 3 Models that judge -----------------------------------------------------------------------------------------
-    reference = load_policy(args.reference_path, tokenizer, mesh, dtype)
-    gvm = load_gvm(args.reference_path, tokenizer, mesh, dtype, args) if args.gvm_path else None
+    reference = frozen_policy(args.reference_path, tokenizer, mesh, dtype)
+    gvm = frozen_gvm(args.reference_path, tokenizer, mesh, dtype, args) if args.gvm_path else None
     results, longest = {"args": asdict(args), "policies": {}}, max(map(len, prompts)) + args.response_length
     common.check_positions(args.reference_path, reference, longest)
 
@@ -715,7 +715,7 @@ def main(args: Args) -> None:
     examples = [(spoken(messages), []) for messages in asked[:: args.samples_per_prompt][: args.show or 6]]
     baseline, written = None, []
     for name, path in paths.items():
-        policy = load_policy(path, tokenizer, mesh, dtype)
+        policy = frozen_policy(path, tokenizer, mesh, dtype)
         common.check_positions(path, policy, longest)
         end_ids = torch.tensor(policy.generation_config.eos_token_id, device=device)  # (E,)
         guide = gvm if args.value_guided else None

@@ -537,7 +537,7 @@ def test_a_conditioned_gvm_must_know_who_wrote_the_pairs(make, fails, tiny_model
     folder = Path(shutil.copytree(tiny_gvm, tmp_path / "gvm"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_context_trajectories": 1}))
-    monkeypatch.delattr(evaluate, "generate")
+    monkeypatch.delattr(evaluate, "guided_generate")
     settings = {"policies": (f"a={tiny_model}",), "reference_path": tiny_model, "gvm_path": str(folder)}
     fails(evaluate, "must have chosen_policy", **settings, dataset=make([PAIR]) + ":train")
     fails(evaluate, "--value-guided: .*gvm is conditioned on other answers", **settings, value_guided=0.1, top_k=8)

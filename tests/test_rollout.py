@@ -178,12 +178,12 @@ def test_a_guide_too_is_gathered_once(tiny_model, tiny_gvm):
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     mesh, tokenizer = init_device_mesh("cpu", (2,)), common.load_tokenizer(tiny_model)
     args = evaluate.Args(gvm_path=tiny_gvm, top_k=4, value_guided=0.1)
-    policy = evaluate.load_policy(tiny_model, tokenizer, mesh, torch.float32)
-    guide = evaluate.load_gvm(tiny_model, tokenizer, mesh, torch.float32, args)
+    policy = evaluate.frozen_policy(tiny_model, tokenizer, mesh, torch.float32)
+    guide = evaluate.frozen_gvm(tiny_model, tokenizer, mesh, torch.float32, args)
     prompts, no_end = common.pad(PROMPTS, 0, "left"), torch.tensor([-1])
     for length in (2, 12):
         with CollectiveCount() as collectives:
-            evaluate.generate(policy, guide, *prompts, torch.zeros(3, length) + 0.5, no_end, 0, args)
+            evaluate.guided_generate(policy, guide, *prompts, torch.zeros(3, length) + 0.5, no_end, 0, args)
         assert collectives.count == 6  # of each model two layers and the root
 
 
@@ -198,8 +198,8 @@ def models(processes, model_path, tmp_path):
     for part in (gvm, tokenizer):
         part.save_pretrained(tmp_path / "gvm")
     mesh, args = init_device_mesh("cpu", (1,)), evaluate.Args(gvm_path=str(tmp_path / "gvm"), value_guided=1.0)
-    policy = evaluate.load_policy(model_path, tokenizer, mesh, torch.float32)
-    guide = evaluate.load_gvm(model_path, tokenizer, mesh, torch.float32, args)
+    policy = evaluate.frozen_policy(model_path, tokenizer, mesh, torch.float32)
+    guide = evaluate.frozen_gvm(model_path, tokenizer, mesh, torch.float32, args)
     return policy, guide, common.load_policy(model_path, tokenizer, torch.float32).eval(), gvm
 
 

@@ -17,7 +17,6 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
 
@@ -38,6 +37,7 @@ SETTINGS = [
     *({"top_k": k, "value_guided": beta} for k in (8, 4) for beta in (0.4, 0.2, 0.1, 0.05)),
     {"top_k": 16, "value_guided": 0.1},
 ]
+GENERATE = evaluate.guided_generate  # which is timed below
 COLORS = {"sft": "#2471a3", "dvpo": "#c0392b"}
 
 
@@ -76,30 +76,30 @@ def measure(folder: Path, seed: int, rows: list[dict], save) -> None:
     asked = [example.prompt for example in heldout for _ in range(args.samples_per_prompt)]
     prompts = [prompt for prompt in tokens for _ in range(args.samples_per_prompt)]
     score = common.load_task(args.dataset).score
-    reference = evaluate.load_policy(sft, tokenizer, mesh, dtype)
-    gvm = evaluate.load_gvm(sft, tokenizer, mesh, dtype, args)
-    generate, seconds = evaluate.generate, 0.0
+    reference = evaluate.frozen_policy(sft, tokenizer, mesh, dtype)
+    gvm = evaluate.frozen_gvm(sft, tokenizer, mesh, dtype, args)
+    seconds = 0.0
 
     def timed(*arguments):
         nonlocal seconds
         start = time.process_time()
-        answers = generate(*arguments)
+        answers = GENERATE(*arguments)
         seconds += time.process_time() - start
         return answers
 
+    evaluate.guided_generate = timed
     for name in COLORS:
-        policy = evaluate.load_policy(str(folder / name), tokenizer, mesh, dtype)
+        policy = evaluate.frozen_policy(str(folder / name), tokenizer, mesh, dtype)
         end_ids = torch.tensor(policy.generation_config.eos_token_id)
         for setting in SETTINGS:
             key = {"seed": seed, "policy": name, "setting": setting}
             if any(key.items() <= row.items() for row in rows):
                 continue
             seconds = 0.0
-            with mock.patch.object(evaluate, "generate", timed):
-                guide = gvm if "value_guided" in setting else None
-                settings = replace(args, **{"value_guided": None, **setting})
-                answers = evaluate.sample(name, policy, reference, guide, prompts, end_ids, tokenizer.pad_token_id,
-                                          device, settings)  # fmt: skip
+            guide = gvm if "value_guided" in setting else None
+            settings = replace(args, **{"value_guided": None, **setting})
+            answers = evaluate.sample(name, policy, reference, guide, prompts, end_ids, tokenizer.pad_token_id, device,
+                                      settings)  # fmt: skip
             texts = [tokenizer.decode(answer.response_ids, skip_special_tokens=True) for answer in answers["judged"]]
             gold = sum(map(score, asked, texts)) / len(texts)
             rows.append({**key, "gold": gold, "kl": answers["kl"].mean().item(), "ms": 1000 * seconds / len(texts),

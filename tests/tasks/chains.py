@@ -11,7 +11,6 @@ default), 31 (250) or 1 (9):
     python sft.py --model-path tests/tasks/chains.py --dataset tests/tasks/chains.py --response-length 300
 """
 
-import math
 import os
 import random
 import re
@@ -33,7 +32,6 @@ WRITERS = {
 }
 FAULT = 0.5 / LISTS**0.5  # what one fault costs: scores spread as far in long chains as in short ones
 WRONG_END = 3  # faults
-NOISE = 0.12  # scale of the annotators' Gumbel noise: their preferences are Bradley-Terry in score / NOISE
 SIZES = {"train": 6_000, "heldout": 1_000}  # pairs
 
 
@@ -96,26 +94,15 @@ def question(rng: random.Random) -> str:
 
 
 def rows(split: str) -> list[dict]:
-    """Preference pairs between random writers, with Bradley-Terry preferences as in lists.py.
-
-    Each prompt comes twice; "train" and "heldout" share none.
-    """
+    """Preference pairs between random writers, as in lists.py; each prompt comes twice, and no split shares one."""
     rng = random.Random(split)
     pairs = []
     while len(pairs) < SIZES[split]:
         asked = question(rng)
         if (random.Random(asked).random() < 0.1) != (split == "heldout"):
             continue
-        prompt = [{"role": "user", "content": asked}]
         for _ in range(2):
-            judged = []
-            for writer in rng.choices(list(WRITERS), k=2):
-                answer = write(rng, asked, writer)
-                judged.append((score(prompt, answer) - NOISE * math.log(-math.log(rng.random())), answer, writer))
-            scores, answers, writers = zip(*sorted(judged, reverse=True))  # the preferred one first
-            if answers[0] != answers[1]:
-                names = ("chosen", "rejected", "score_chosen", "score_rejected", "chosen_policy", "rejected_policy")
-                pairs.append({"prompt": asked, **dict(zip(names, answers + scores + writers))})
+            pairs += EMBEDDED["compared"](rng, asked, WRITERS, write, score)
     return pairs
 
 

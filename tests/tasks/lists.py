@@ -87,11 +87,24 @@ def write(rng: random.Random, question: str, writer: str) -> str:
     return sentence(items)
 
 
-def rows(split: str) -> list[dict]:
-    """Preference pairs between random writers; "train" and "heldout" share no prompt.
+def compared(rng: random.Random, question: str, writers, write, score) -> list[dict]:
+    """A preference pair of two answers by random writers; none where they agree.
 
     An annotator sees the exact score through Gumbel noise and prefers the higher: Bradley-Terry preferences.
     """
+    judged = []
+    for writer in rng.choices(list(writers), k=2):
+        answer = write(rng, question, writer)
+        gold = score([{"role": "user", "content": question}], answer)
+        judged.append((gold - NOISE * math.log(-math.log(rng.random())), answer, writer))
+    scores, answers, names = zip(*sorted(judged, reverse=True))  # the preferred one first
+    columns = ("chosen", "rejected", "score_chosen", "score_rejected", "chosen_policy", "rejected_policy")
+    pair = {"prompt": question, **dict(zip(columns, answers + scores + names))}
+    return [pair] if answers[0] != answers[1] else []
+
+
+def rows(split: str) -> list[dict]:
+    """Preference pairs between random writers; "train" and "heldout" share no prompt."""
     rng = random.Random(0)
     questions = []
     for number in NUMBERS:
@@ -105,16 +118,7 @@ def rows(split: str) -> list[dict]:
     for name, pool in pools.items():  # both in turn, as they share the random numbers
         pairs = []
         while len(pairs) < SIZES[name]:
-            question = pool[len(pairs) % len(pool)]
-            prompt = [{"role": "user", "content": question}]
-            judged = []
-            for writer in rng.choices(list(WRITERS), k=2):
-                answer = write(rng, question, writer)
-                judged.append((score(prompt, answer) - NOISE * math.log(-math.log(rng.random())), answer, writer))
-            scores, answers, writers = zip(*sorted(judged, reverse=True))  # the preferred one first
-            if answers[0] != answers[1]:
-                names = ("chosen", "rejected", "score_chosen", "score_rejected", "chosen_policy", "rejected_policy")
-                pairs.append({"prompt": question, **dict(zip(names, answers + scores + writers))})
+            pairs += compared(rng, pool[len(pairs) % len(pool)], WRITERS, write, score)
         if name == split:
             return pairs
 
