@@ -320,7 +320,7 @@ def read_rows(dataset: str, splits: tuple[str, ...]):
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said below, once
-    with user_errors(Exception, f"--dataset {path}: neither readable here nor on the hub"):
+    with user_errors(Exception, f"--dataset {path}: neither readable here nor on the hub, as NAME:CONFIG:SPLIT"):
         if file.is_file():  # read for what it holds, whatever its name
             with open(file, "rb") as stream:
                 head = stream.read(100_000)
@@ -560,7 +560,8 @@ def load_pretrained(auto_class, path: str, **kwargs):
     whole = local.is_dir() and ((local / "README.md").exists() or not (local / ".dvpo-run").exists())
     missing = path.startswith((".", "/", "~", "runs/")) and not whole
     check(not missing, f"{path}: no such folder, or an unfinished run: run the stage that makes it, or --resume it")
-    with user_errors(Exception, f"{path}: cannot load {auto_class.__name__}"):
+    hint = ", lacking a tokenizer.json and sentencepiece perhaps" * (auto_class is transformers.AutoTokenizer)
+    with user_errors(Exception, f"{path}: cannot load {auto_class.__name__}{hint}"):
         return auto_class.from_pretrained(str(local) if local.is_dir() else path, trust_remote_code=False, **kwargs)
 
 
@@ -578,8 +579,9 @@ def load_config(path: str):
     check(not hasattr(config, "quantization_config"), f"{path}: quantised weights cannot be trained: dequantise them")
     config.output_attentions = False
     config._attn_implementation = None  # ours to name: a config may ask for code from the hub
-    scaled = (getattr(config, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope")
-    check(not scaled, f"{path}: its positions depend on the longest answer of a batch: not supported")
+    scaled = set(re.findall("'rope_type': '(.*?)'", str(getattr(config, "rope_parameters", None))))
+    scaled -= {"default", "linear", "llama3", "proportional", "yarn"}  # others depend on a batch's longest answer
+    check(not scaled, f"{path}: positions of the type {', '.join(scaled)} are not supported")
     for name, value in vars(config).items():
         if name.endswith(("dropout", "pdrop", "dropout_prob", "dropout_rate")) and isinstance(value, float):
             setattr(config, name, 0.0)
@@ -589,7 +591,9 @@ def load_config(path: str):
 def load_weights(auto_class, path: str, config, dtype: torch.dtype):
     """The model, the names of its weights that the checkpoint lacks, and those of the checkpoint that it has not."""
     model, info = load_pretrained(auto_class, path, config=config, dtype=dtype, use_safetensors=True,
-                                  output_loading_info=True)  # fmt: skip
+                                  ignore_mismatched_sizes=True, output_loading_info=True)  # fmt: skip
+    sizes = [f"{name} is {[*there]}, not {[*wanted]}" for name, there, wanted in sorted(info["mismatched_keys"])]
+    check(not sizes, f"{path}: its weights do not fit its config, or a head of one output: {'; '.join(sizes[:3])}")
     unread = {name for name in info["unexpected_keys"] if not name.startswith("lm_head.")}  # a value model has none
     if unread:
         log(f"warning: {path}: {len(unread)} of its weights are not read, such as {min(unread)}")

@@ -305,6 +305,19 @@ def test_a_stage_is_missing(module, flag, fails, tiny_model, tmp_path, monkeypat
     fails(module, f"{flag}: no such folder, or an unfinished run: run the stage that makes it", **more)
 
 
+ROPE = {"factor": 2.0, "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
+CONFIGS = {
+    "quantised": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+    "outputs as tuples": {"return_dict": False},
+    "scaled positions": {"rope_parameters": {"rope_type": "dynamic", **ROPE}},
+    "positions of an unknown type": {"rope_scaling": {"type": "su", **ROPE}, "rope_parameters": None},
+    "another vocabulary": {"vocab_size": 777},
+    "code of its own": {  # which must not be run
+        "model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"},
+    },
+}  # fmt: skip
+
+
 def spoil(folder: Path, damage: str) -> None:
     """Damage a copy of a model."""
     if damage == "no weights":
@@ -330,37 +343,46 @@ def spoil(folder: Path, damage: str) -> None:
 
         torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
-    elif damage == "scaled positions":
-        config = json.loads((folder / "config.json").read_text())
-        config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-        (folder / "config.json").write_text(json.dumps(config))
     elif damage == "an adapter":
         (folder / "config.json").rename(folder / "adapter_config.json")
-    elif damage == "quantised":
+    elif damage == "a tokenizer for sentencepiece":
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer.model").write_bytes(b"\x0a\x0e")
+        settings = {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    else:
         config = json.loads((folder / "config.json").read_text())
-        config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-        (folder / "config.json").write_text(json.dumps(config))
-    elif damage == "outputs as tuples":
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "return_dict": False}))
-    elif damage == "code of its own":  # which must not be run
-        config = json.loads((folder / "config.json").read_text())
-        config.update(model_type="mine", auto_map={"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"})
-        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "config.json").write_text(json.dumps({**config, **CONFIGS[damage]}))
+    if damage == "code of its own":
         (folder / "mine.py").write_text(f"open({str(folder / 'executed')!r}, 'w')\n")
 
 
 @pytest.mark.parametrize(
-    "damage",
-    ["no weights", "half the weights", "weights that are none", "no config", "a config that is no JSON",
-     "an unknown architecture", "no tokenizer", "a tokenizer that is no JSON", "pickled weights", "code of its own",
-     "an adapter", "quantised", "outputs as tuples", "scaled positions"],
-)  # fmt: skip
-def test_damaged_models(damage, fails, tiny_model, tmp_path):
+    "damage, message",
+    [
+        ("no weights", "cannot load"),
+        ("half the weights", "cannot load"),
+        ("weights that are none", "cannot load"),
+        ("no config", "cannot load"),
+        ("a config that is no JSON", "cannot load"),
+        ("an unknown architecture", "cannot load"),
+        ("no tokenizer", "cannot load AutoTokenizer|the tokenizer has no"),
+        ("a tokenizer that is no JSON", "cannot load AutoTokenizer"),
+        ("a tokenizer for sentencepiece", "cannot load AutoTokenizer, lacking a tokenizer.json and sentencepiece"),
+        ("pickled weights", "cannot load"),
+        ("code of its own", "cannot load"),
+        ("an adapter", "an adapter: merge it"),
+        ("quantised", "quantised weights"),
+        ("outputs as tuples", "llama does not compute"),
+        ("scaled positions", "positions of the type dynamic are not supported"),
+        ("positions of an unknown type", "positions of the type su are not supported"),
+        ("another vocabulary", r"its weights do not fit its config.* is \[[0-9]+, 32\], not \[777, 32\]"),
+    ],
+)
+def test_damaged_models(damage, message, fails, tiny_model, tmp_path):
     folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     spoil(folder, damage)
-    kinds = "cannot load|the tokenizer has no|an adapter: merge|quantised weights|llama does not compute|its positions"
-    fails(sft, f"model: ({kinds})", model_path=str(folder))
+    fails(sft, f"model: ({message})", model_path=str(folder))
     assert not (folder / "executed").exists()
 
 
@@ -454,7 +476,7 @@ def test_a_head_of_the_wrong_width(fails, tiny_model, tmp_path):
     common.load_tokenizer(tiny_model).save_pretrained(tmp_path / "gvm")
     fails(
         train_dvpo,
-        "cannot load AutoModelForSequenceClassification",
+        r"a head of one output: score.weight is \[3, [0-9]+\], not \[1, [0-9]+\]",
         model_path=tiny_model,
         gvm_path=str(tmp_path / "gvm"),
     )
