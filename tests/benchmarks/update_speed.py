@@ -1,10 +1,14 @@
-"""Seconds per update of `train_dvpo.py` beside a naive version of the same algorithm, on one core, run in turns.
+"""Seconds per update beside what a user would take instead, on one core each, run in turns.
 
-    python sft.py && python train_gvm.py && python tests/benchmarks/update_speed.py
+    pip install -e '.[peers]'
+    python -m venv old && old/bin/pip install trl==1.12.0 tyro        # the last TRL that has a PPOTrainer
+    python sft.py && python train_gvm.py
+    python tests/benchmarks/update_speed.py --ppo-python old/bin/python
 
-Both do the same work on the embedded task: 64 answers of at most 20 tokens, 2 epochs x 2 minibatches, 2-layer 128-wide
-models. The naive version is what a competent first draft looks like: `model.generate`, whole log-softmaxes, a loop for
-GAE, `torch.optim.AdamW`, no sharding. Prints medians per phase and the ratio pair by pair.
+Five versions do the same work on the embedded task: 64 answers of at most 20 tokens, 2 epochs x 2 minibatches, 2-layer
+128-wide models in fp32, the learning rate 0, so that answers stay as long as they are. The value model serves as reward
+model and critic, too. The naive version is what a competent first draft of DVPO looks like: `model.generate`, whole
+log-softmaxes, a loop for GAE, `torch.optim.AdamW`, no sharding. Prints medians per phase, and ratios pair by pair.
 """
 
 import json
@@ -12,24 +16,44 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-ROUNDS, UPDATES = 3, 25
+import tyro
+
+UPDATES, SKIPPED = 25, 5  # of which the first are left out
+PHASES = ("rollout", "score", "update", "total")
+VERSIONS = ("dvpo", "naive dvpo", "ppo", "TRL ppo", "TRL grpo")
 
 
-def naive(num_updates: int) -> list[float]:
-    """Seconds of each phase and in total, per update: rows of (rollout, score, update, total)."""
+@dataclass
+class Args:
+    rounds: int = 3
+    """runs of each version"""
+    ppo_python: str = sys.executable
+    """the Python of an environment with trl 1.12.0"""
+    model_path: str = "runs/sft"
+    """policy"""
+    gvm_path: str = "runs/gvm"
+    """value model, and reward model"""
+    version: str | None = None
+    """run this one alone, once, and print its medians"""
+
+
+def naive(args: Args) -> list[tuple]:
+    """Seconds of each phase, per update: rows of `PHASES`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     import common
 
-    tokenizer = AutoTokenizer.from_pretrained("runs/sft", padding_side="left")
-    policy = AutoModelForCausalLM.from_pretrained("runs/sft")
-    reference = AutoModelForCausalLM.from_pretrained("runs/sft").eval()
-    gvm = AutoModelForSequenceClassification.from_pretrained("runs/gvm").eval()
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-4, eps=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(args.model_path, padding_side="left")
+    policy = AutoModelForCausalLM.from_pretrained(args.model_path)
+    reference = AutoModelForCausalLM.from_pretrained(args.model_path).eval()
+    gvm = AutoModelForSequenceClassification.from_pretrained(args.gvm_path).eval()
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, eps=1e-5)
     texts = [example.prompt for example in common.load_examples("tests/tasks/lists.py", "prompts")[0]]
 
     def logprobs_of(model, sequences, mask, P):
@@ -38,7 +62,7 @@ def naive(num_updates: int) -> list[float]:
         return torch.log_softmax(logits, -1).gather(2, sequences[:, P:, None])[..., 0]
 
     rows = []
-    for update in range(num_updates):
+    for update in range(UPDATES):
         start = time.perf_counter()
         prompts = tokenizer.apply_chat_template(texts[update * 64 : update * 64 + 64], add_generation_prompt=True,
                                                 padding=True, return_tensors="pt", return_dict=True)  # fmt: skip
@@ -77,38 +101,133 @@ def naive(num_updates: int) -> list[float]:
     return rows
 
 
-def ours(num_updates: int) -> list[float]:
-    """The same rows, from the real script's metrics."""
-    import tempfile
-
-    import train_dvpo
-
+def ours(script, args: Args, **models) -> list[tuple]:
+    """The same rows, from a real script's metrics."""
     with tempfile.TemporaryDirectory() as folder:
-        train_dvpo.main(train_dvpo.Args(num_updates=num_updates, output_dir=folder + "/out", checkpoint_every=10**9))
+        more = {"num_updates": UPDATES, "learning_rate": 0.0, "checkpoint_every": 10**9}
+        script.main(script.Args(model_path=args.model_path, output_dir=folder + "/out", **models, **more))
         lines = [json.loads(line) for line in (Path(folder) / "out" / "metrics.jsonl").read_text().splitlines()]
-    return [tuple(line[f"time/{phase}"] for phase in ("rollout", "score", "update", "total")) for line in lines]
+    return [tuple(line[f"time/{phase}"] for phase in PHASES) for line in lines]
 
 
-def main() -> None:
-    if len(sys.argv) == 2:  # a child: run one version and print its medians, the first updates left out
-        rows = {"naive": naive, "ours": ours}[sys.argv[1]](UPDATES)[5:]
+class Marks:
+    """The times at which functions of a library are called and left."""
+
+    def __init__(self):
+        self.times = {}
+
+    def watch(self, owner, name: str) -> None:
+        function = getattr(owner, name)
+
+        def watched(*arguments, **more):
+            self.times.setdefault(f"{name} called", []).append(time.perf_counter())
+            result = function(*arguments, **more)
+            self.times.setdefault(f"{name} left", []).append(time.perf_counter())
+            return result
+
+        setattr(owner, name, watched)
+
+    def rows(self, called: str, answered: str, scored: str) -> list[tuple]:
+        """Rows of `PHASES`: an update lasts from one call of the rollout to the next."""
+        times = zip(self.times[called], self.times[answered], self.times[scored], self.times[called][1:])
+        return [(b - a, c - b, end - c, end - a) for a, b, c, end in times]
+
+
+def trl_settings(folder: str) -> dict:
+    return {"output_dir": folder, "learning_rate": 0.0, "bf16": False, "use_cpu": True, "gradient_checkpointing": False,
+            "temperature": 1.0, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
+            "logging_steps": 10**9}  # fmt: skip
+
+
+def prompts_of(tokenizer) -> list[list[dict]]:
+    import common
+
+    examples = common.load_examples("tests/tasks/lists.py", "prompts")[0]
+    return list({str(example.prompt): example.prompt for example in examples}.values())
+
+
+def trl_ppo(args: Args) -> list[tuple]:
+    import datasets
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from trl.experimental import ppo
+    from trl.experimental.ppo import ppo_trainer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model_path, padding_side="left")
+    chat = {"tokenize": True, "add_generation_prompt": True, "return_dict": False}
+    rows = [{"input_ids": tokenizer.apply_chat_template(prompt, **chat)} for prompt in prompts_of(tokenizer)]
+    policy = lambda: AutoModelForCausalLM.from_pretrained(args.model_path)
+    judge = lambda: AutoModelForSequenceClassification.from_pretrained(args.gvm_path)
+    marks = Marks()
+    marks.watch(ppo_trainer, "batch_generation")
+    marks.watch(ppo_trainer, "masked_whiten")  # the last step before the update
+    with tempfile.TemporaryDirectory() as folder:
+        config = ppo.PPOConfig(
+            **trl_settings(folder), num_ppo_epochs=2, num_mini_batches=2, per_device_train_batch_size=64,
+            gradient_accumulation_steps=1, total_episodes=64 * UPDATES, response_length=20, stop_token="eos",
+            num_sample_generations=0,
+        )  # fmt: skip
+        data = datasets.Dataset.from_list(rows)
+        ppo.PPOTrainer(config, tokenizer, policy(), policy(), judge(), data, judge(), eval_dataset=data).train()
+    return marks.rows("batch_generation called", "batch_generation left", "masked_whiten left")
+
+
+def trl_grpo(args: Args) -> list[tuple]:
+    import datasets
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model_path, padding_side="left")
+    judge = AutoModelForSequenceClassification.from_pretrained(args.gvm_path)
+    marks = Marks()
+    marks.watch(GRPOTrainer, "_generate")
+    marks.watch(GRPOTrainer, "_generate_and_score_completions")
+    with tempfile.TemporaryDirectory() as folder:
+        config = GRPOConfig(
+            **trl_settings(folder), beta=0.04, max_steps=4 * UPDATES, per_device_train_batch_size=32,
+            steps_per_generation=2, num_iterations=2, num_generations=8, max_completion_length=20, top_k=0,
+        )  # fmt: skip
+        policy = AutoModelForCausalLM.from_pretrained(args.model_path)
+        data = datasets.Dataset.from_list([{"prompt": prompt} for prompt in prompts_of(tokenizer)])
+        GRPOTrainer(
+            policy, judge, config, data, processing_class=tokenizer, reward_processing_classes=tokenizer
+        ).train()
+    return marks.rows("_generate called", "_generate left", "_generate_and_score_completions left")
+
+
+def rows_of(args: Args) -> list[tuple]:
+    import train_dvpo
+    import train_ppo_baseline
+
+    return {
+        "dvpo": lambda: ours(train_dvpo, args, gvm_path=args.gvm_path),
+        "naive dvpo": lambda: naive(args),
+        "ppo": lambda: ours(train_ppo_baseline, args, reward_path=args.gvm_path),
+        "TRL ppo": lambda: trl_ppo(args),
+        "TRL grpo": lambda: trl_grpo(args),
+    }[args.version]()
+
+
+def main(args: Args) -> None:
+    if args.version:
+        rows = rows_of(args)[SKIPPED:]
         print(json.dumps([statistics.median(column) for column in zip(*rows)]))
         return
-    results = {"naive": [], "ours": []}
+    results = {version: [] for version in VERSIONS}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    for _ in range(ROUNDS):
-        for name, medians in results.items():
-            command = [sys.executable, __file__, name]
-            output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    for _ in range(args.rounds):
+        for version, medians in results.items():
+            python = args.ppo_python if version == "TRL ppo" else sys.executable
+            command = [python, __file__, "--version", version, "--model-path", args.model_path]
+            output = subprocess.run([*command, "--gvm-path", args.gvm_path], env=environment, stdout=subprocess.PIPE,
+                                    text=True, check=True).stdout  # fmt: skip
             medians.append(json.loads(output.splitlines()[-1]))
-    for name, medians in results.items():
-        phases = zip(("rollout", "score", "update", "total"), zip(*medians))
-        print(f"{name:>6}: " + "  ".join(f"{phase} {statistics.median(s):.3f} s" for phase, s in phases))
-    for i, phase in ((2, "update"), (3, "total")):
-        ratios = sorted(a[i] / b[i] for a, b in zip(results["ours"], results["naive"]))
-        spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}, {ROUNDS} pairs"
-        print(f"ours / naive, {phase}: {statistics.median(ratios):.2f} ({spread})")
+            print(f"{version}: " + "  ".join(f"{phase} {s:.3f} s" for phase, s in zip(PHASES, medians[-1])), flush=True)
+    print(f"| version | {' | '.join(PHASES)} | of DVPO's total |\n|{'---|' * 6}")
+    for version, medians in results.items():
+        ratios = sorted(other[3] / dvpo[3] for other, dvpo in zip(medians, results["dvpo"]))
+        seconds = " | ".join(f"{statistics.median(column):.3f} s" for column in zip(*medians))
+        print(f"| {version} | {seconds} | {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) |")
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Args))
