@@ -3,7 +3,7 @@
     python tests/benchmarks/long.py --seeds 1 2 3              # resumable: what is finished is not run again
     python tests/benchmarks/long.py --seeds 1 --only judges rates
     python tests/benchmarks/long.py --seeds 1 --lists 31 --only judges
-    python tests/benchmarks/long.py --seeds 1 --lists 0 --only task    # the embedded task
+    python tests/benchmarks/long.py --seeds 1 --lists 0 --only task --num-updates 300    # the embedded task
     python tests/benchmarks/long.py --report                   # the tables alone
 
 A seed's SFT policy, value model and reward model come first, then the runs of each group. `--work` holds every run's
@@ -40,6 +40,11 @@ RUNS = {  # group -> name -> flags that differ from what `flags` gives; a path i
         "dvpo released": {"advantage": "released"},
         "dvpo lambda=1": {"gae-lambda": 1.0},
     },
+    "lora": {
+        f"dvpo lora={rank} rate={rate:g}": {"lora-rank": rank, "learning-rate": rate}
+        for rank in (8, 32)
+        for rate in (1e-3, 3e-3, 6e-3)
+    },
     "task": {
         "gvm zero": {"learning-rate": 0.0, "num-examples": 64},  # it says 0 everywhere
         "dvpo task": {"reward-source": "task"},
@@ -57,7 +62,7 @@ class Args:
     seeds: tuple[int, ...] = (1,)
     """a whole set of runs for each"""
     only: tuple[str, ...] = ("base",)
-    """groups of runs, of base, judges, rates, advantages, task"""
+    """groups of runs, of base, judges, rates, advantages, lora, task"""
     num_updates: int = 100
     """updates of each policy, of 64 answers"""
     work: str = "runs/long"
