@@ -5,7 +5,7 @@
     python sft.py && python train_gvm.py
     python tests/benchmarks/update_speed.py --ppo-python old/bin/python
 
-Five versions do the same work on the embedded task: 64 answers of at most 20 tokens, 2 epochs x 2 minibatches, 2-layer
+Six versions do the same work on the embedded task: 64 answers of at most 20 tokens, 2 epochs x 2 minibatches, 2-layer
 128-wide models in fp32, the learning rate 0, so that answers stay as long as they are. The value model serves as reward
 model and critic, too. The naive version is what a competent first draft of DVPO looks like: `model.generate`, whole
 log-softmaxes, a loop for GAE, `torch.optim.AdamW`, no sharding. Prints medians per phase, and ratios pair by pair.
@@ -25,7 +25,7 @@ import tyro
 
 UPDATES, SKIPPED = 25, 5  # of which the first are left out
 PHASES = ("rollout", "score", "update", "total")
-VERSIONS = ("dvpo", "naive dvpo", "ppo", "TRL ppo", "TRL grpo")
+VERSIONS = ("dvpo", "naive dvpo", "naive dvpo in FSDP2", "ppo", "TRL ppo", "TRL grpo")
 
 
 @dataclass
@@ -42,9 +42,10 @@ class Args:
     """run this one alone, once, and print its medians"""
 
 
-def naive(args: Args) -> list[tuple]:
-    """Seconds of each phase, per update: rows of `PHASES`."""
+def naive(args: Args, sharded: bool) -> list[tuple]:
+    """Seconds of each phase, per update: rows of `PHASES`. `sharded`: what the update pays for FSDP2 alone."""
     import torch
+    from torch.distributed.device_mesh import init_device_mesh
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     import common
@@ -53,6 +54,11 @@ def naive(args: Args) -> list[tuple]:
     policy = AutoModelForCausalLM.from_pretrained(args.model_path)
     reference = AutoModelForCausalLM.from_pretrained(args.model_path).eval()
     gvm = AutoModelForSequenceClassification.from_pretrained(args.gvm_path).eval()
+    if sharded:
+        import train_dvpo
+
+        mesh = init_device_mesh(common.init_processes().type, (1,))
+        policy = train_dvpo.shard(policy, mesh, torch.float32)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, eps=1e-5)
     texts = [example.prompt for example in common.load_examples("tests/tasks/lists.py", "prompts")[0]]
 
@@ -200,7 +206,8 @@ def rows_of(args: Args) -> list[tuple]:
 
     return {
         "dvpo": lambda: ours(train_dvpo, args, gvm_path=args.gvm_path),
-        "naive dvpo": lambda: naive(args),
+        "naive dvpo": lambda: naive(args, sharded=False),
+        "naive dvpo in FSDP2": lambda: naive(args, sharded=True),
         "ppo": lambda: ours(train_ppo_baseline, args, reward_path=args.gvm_path),
         "TRL ppo": lambda: trl_ppo(args),
         "TRL grpo": lambda: trl_grpo(args),
