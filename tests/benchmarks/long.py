@@ -4,7 +4,7 @@
     python tests/benchmarks/long.py --seeds 1 --only judges rates
     python tests/benchmarks/long.py --seeds 1 --lists 31 --only judges
     python tests/benchmarks/long.py --seeds 1 --lists 0 --only task --num-updates 300    # the embedded task
-    python tests/benchmarks/long.py --report                   # the tables alone
+    python tests/benchmarks/long.py --report --results tests/benchmarks/results/long.jsonl    # tables of our runs
 
 A seed's SFT policy, value model and reward model come first, then the runs of each group. `--work` holds every run's
 folder, `--results` what the tables need, one JSON line per run. One process on one core; a seed's base takes some 25
@@ -67,7 +67,7 @@ class Args:
     """updates of each policy, of 64 answers"""
     work: str = "runs/long"
     """folder of all runs"""
-    results: str = str(ROOT / "tests/benchmarks/results/long.jsonl")
+    results: str = "runs/long/long.jsonl"
     """one line per run"""
     report: bool = False
     """print the tables of `results`, and run nothing"""
@@ -149,6 +149,7 @@ def main(args: Args) -> None:
             summaries = {name: summary(folder / name)}
             if name == "ppo":
                 summaries["rm"] = summary(folder / "rm")
+            results.parent.mkdir(parents=True, exist_ok=True)
             with open(results, "a") as file:
                 for key, value in summaries.items():
                     row = {"lists": args.lists, "seed": seed, "name": key, "summary": value}
