@@ -147,13 +147,6 @@ def check_finite(update: int, what: str, numbers: torch.Tensor) -> None:
     check(numbers.isfinite().all(), f"update {update}: {what} not finite, so no step was made: lower --learning-rate?")
 
 
-def clock(device: torch.device) -> float:
-    """A clock in seconds, read when the device has finished all work it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 # ---- Return-to-go ----------------------------------------------------------------------------------------------------
 def discounted_sums(x: torch.Tensor, decay: float) -> torch.Tensor:
     """`S_t = sum over u >= t of decay^(u - t) x_u` of `x (B, N)`, `(B, N)`: no loop, but one product of N^2 numbers."""
@@ -208,7 +201,17 @@ def load_task(path: str):
     file = Path(path).expanduser()
     file = file if file.is_file() else Path(__file__).parent / path  # the defaults are found from anywhere
     check(file.is_file(), f"{path}: no such file")
-    return types.SimpleNamespace(**runpy.run_path(str(file)))
+    task = types.SimpleNamespace(**runpy.run_path(str(file)))
+    if hasattr(task, "score"):
+        exact = task.score
+
+        def score(prompt, answer: str) -> float:
+            number = to_score(exact(prompt, answer))
+            check(number is not None, f"{path}: score() gave no finite number for {answer!r}")
+            return number
+
+        task.score = score
+    return task
 
 
 # ---- Datasets --------------------------------------------------------------------------------------------------------
@@ -228,6 +231,7 @@ class Example:
 
 def to_messages(value, role: str = "user") -> list[dict]:
     """A text (`role` says whose), a message or a conversation, in the shapes people bring, as messages of texts."""
+    value = str(value) if type(value) in (int, float) else value
     if isinstance(value, str):
         if value.lstrip().startswith(("[{", '{"role')):  # JSON in a string
             with contextlib.suppress(ValueError):
@@ -313,8 +317,8 @@ def from_row(row: dict, kind: str, needs: str) -> Example:
 
 def read_rows(dataset: str, splits: tuple[str, ...]):
     """The rows of `NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`: a hub dataset, a folder, or a file."""
-    path, *config = dataset.split(":")
-    split, file = config.pop() if config else "", Path(path).expanduser()
+    path, *config = os.path.expanduser(dataset).split(":")
+    split, file = config.pop() if config else "", Path(path)
     check(file.exists() or not path.startswith((".", "/", "~")), f"--dataset {path}: no such file or folder")
     import datasets  # takes a second to import, and a task needs none of it
 
@@ -328,8 +332,10 @@ def read_rows(dataset: str, splits: tuple[str, ...]):
                 head = zlib.decompressobj(wbits=31).decompress(head)
             text = head.decode("utf-8-sig", errors="replace").lstrip()
             kind = "parquet" if text.startswith("PAR1") else "json" if text[:1] in ("[", "{") else "csv"
-            more = {"sep": max(",;\t", key=text.partition("\n")[0].count)} if kind == "csv" else {}
-            data = datasets.load_dataset(kind, data_files=str(file), **more)
+            table = {"sep": max(",;\t", key=text.partition("\n")[0].count), "keep_default_na": False}
+            data = datasets.load_dataset(kind, data_files=str(file), **table if kind == "csv" else {})
+            surplus = "__index_level_0__" in data["train"].column_names  # where pandas puts it
+            check(not surplus, "more fields in a row than columns: quote texts that hold a comma")
         elif (file / "dataset_dict.json").exists() or (file / "state.json").exists():
             data = datasets.load_from_disk(str(file))
         else:
@@ -579,12 +585,13 @@ def load_config(path: str):
     check(not hasattr(config, "quantization_config"), f"{path}: quantised weights cannot be trained: dequantise them")
     config.output_attentions = False
     config._attn_implementation = None  # ours to name: a config may ask for code from the hub
-    scaled = set(re.findall("'rope_type': '(.*?)'", str(getattr(config, "rope_parameters", None))))
+    text = config.get_text_config()  # itself, but for models that see, too
+    scaled = set(re.findall("'rope_type': '(.*?)'", str(getattr(text, "rope_parameters", None))))
     scaled -= {"default", "linear", "llama3", "proportional", "yarn"}  # others depend on a batch's longest answer
     check(not scaled, f"{path}: positions of the type {', '.join(scaled)} are not supported")
-    for name, value in vars(config).items():
+    for name, value in vars(text).items():
         if name.endswith(("dropout", "pdrop", "dropout_prob", "dropout_rate")) and isinstance(value, float):
-            setattr(config, name, 0.0)
+            setattr(text, name, 0.0)
     return config
 
 
@@ -691,7 +698,7 @@ def dry_run(args, prompts, answers, bytes_each: int) -> None:
         for bits, count in sorted(Counter(len(row).bit_length() for row in rows).items()):
             log(f"  {count:>8} {name} of {2**bits // 2} to {2**bits - 1} tokens {'#' * (50 * count // len(rows))}")
     config = load_task(args.model_path).model()[0] if load_task(args.model_path) else load_config(args.model_path)
-    with torch.device("meta"):  # which holds no weights
+    with torch.device("meta"), user_errors(ValueError, f"{args.model_path}: no language model"):  # without weights
         size = transformers.AutoModelForCausalLM.from_config(config).num_parameters()
     state, text = bytes_each * size * args.dp_replicate / dist.get_world_size() / 1e9, config.get_text_config()
     tokens = args.micro_batch_size * (max(map(len, prompts)) + args.response_length)

@@ -200,7 +200,6 @@ def guided_generate(policy, guide, prompt_ids, prompt_mask, uniforms, end_ids, p
     the value model `guide`, if there is one, thinks good: q(a) ~ pi(a) exp(V(s, a) / BETA).
 
     Returns `response_ids`, `response_mask (B, R)` and `tilt (B, R)`: log q(a_t) - log pi(a_t), zero without either.
-    Evaluation is no hot loop: no CUDA graph here, one plain step per token.
     """
     B, R = uniforms.shape
     response_ids = torch.full_like(uniforms, pad_id, dtype=prompt_ids.dtype)  # (B, R)
@@ -228,6 +227,7 @@ def guided_generate(policy, guide, prompt_ids, prompt_mask, uniforms, end_ids, p
                 sampled = torch.searchsorted(cumulative, threshold, right=True).clamp(max=scores.shape[1] - 1)  # (B, 1)
             else:
                 sampled = scores.argmax(1, keepdim=True)
+                scores = torch.full_like(scores, -torch.inf).scatter(1, sampled, 0.0)
             log_ratio = (scores.log_softmax(1) - logits.log_softmax(1)).gather(1, sampled)
             if guide:
                 chosen = (candidates == sampled).int().argmax(1)  # (B,)
@@ -463,7 +463,8 @@ def export(paths: dict[str, str], mesh, dtype: torch.dtype, device, args: Args) 
     turns, temperatures = [[q[columns[-1]]] for q in questions], [args.temperature] * len(questions)
     if args.export == "mt_bench":
         turns = [q["turns"] for q in questions]
-        common.check(all(len(asked) == 2 for asked in turns), f"--dataset {args.dataset}: some rows have not two turns")
+        whole = all([*map(type, asked)] == [str, str] for asked in turns)
+        common.check(whole, f"--dataset {args.dataset}: some rows have not two turns")
         temperatures = [MT_BENCH_TEMPERATURES.get(q["category"], 0.7) for q in questions]
     place = "{}/model_outputs.json" if args.export == "alpaca_eval" else "model_answer/{}.jsonl"
     files = {name: Path(args.output_dir).expanduser() / place.format(name) for name in paths}
@@ -691,7 +692,7 @@ def main(args: Args) -> None:
     asked, prompts = zip(*list(unique.values())[: args.num_prompts])
     asked = [example.prompt for example in asked for _ in range(args.samples_per_prompt)]  # messages
     spoken = lambda messages: "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
-    exact_score = getattr(common.load_task(args.dataset), "score", None)  # "gold", where the task has one
+    exact_score = getattr(common.load_task(args.dataset.removesuffix(":all")), "score", None)  # "gold"
     repeated = [prompt for prompt in prompts for _ in range(args.samples_per_prompt)]
     common.log(f"{len(prompts)} held-out prompts x {args.samples_per_prompt} answers")
 

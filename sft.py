@@ -12,6 +12,7 @@ In: a language model and answers (the chosen ones of preference pairs). Out: `--
 
 import contextlib
 import copy
+import time
 import types
 from dataclasses import dataclass
 from typing import Literal
@@ -268,12 +269,12 @@ def main(args: Args) -> None:
     num_warmup = int(args.warmup_fraction * num_updates)
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup, num_updates)
 
-    widest = max(len(prompt) for prompt, _ in train_set), max(len(response) for _, response in train_set)
+    widest = [max(map(len, side)) for side in zip(*train_set, *heldout_set)]  # prompts, answers
     common.check_positions(args.model_path, policy, sum(widest))
     data = common.fingerprint(train_set, *[args.model_path] * (not untrained))
     done, _ = run.start([(policy, optimizer, scheduler)], num_updates, data)
     for update in range(done + 1, num_updates + 1):
-        start = common.clock(device)
+        start = time.perf_counter()
         # ---- 4 Update ------------------------------------------------------------------------------------------------
         rows = common.shuffled_batch(len(train_set), update, args.batch_size, args.seed)
         num_tokens = sum(len(train_set[row][1]) for row in rows)  # of all ranks: loss and gradient are per token
@@ -298,7 +299,7 @@ def main(args: Args) -> None:
         scheduler.step()
 
         # ---- 5 Log ---------------------------------------------------------------------------------------------------
-        seconds = common.clock(device) - start
+        seconds = time.perf_counter() - start
         metrics = {
             "loss/sft": loss.item(),
             "optim/lr": lr,

@@ -17,6 +17,7 @@ Shapes: B sequences, P prompt tokens (left-padded), R response tokens, T = P + R
 
 import contextlib
 import random
+import time
 import types
 from dataclasses import dataclass
 from typing import Literal
@@ -440,7 +441,7 @@ def main(args: Args) -> None:
     mine = torch.arange(B).chunk(world_size)[rank]  # the rows this rank rolls out and scores
     for update in range(done + 1, args.num_updates + 1):
         # ---- 4 Rollout: each rank answers its share of the prompts, then all ranks hold all answers (a few MB) -------
-        start = common.clock(device)
+        start = time.perf_counter()  # each phase ends where its results are read, so a GPU has finished it
         # All randomness of an update comes from (seed, update), for the whole batch: the number of ranks is no matter.
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + update)
         drawn = common.shuffled_batch(len(all_prompts), update, B, args.seed)
@@ -461,10 +462,9 @@ def main(args: Args) -> None:
         response_ids, response_mask = response_ids[:, :longest], response_mask[:, :longest]  # (B, R)
         input_ids = torch.cat([prompt_ids, response_ids], 1)  # (B, P + R)
         attention_mask = torch.cat([prompt_mask, response_mask], 1)  # (B, P + R)
-        time_rollout = common.clock(device) - start
+        rollout_end = time.perf_counter()
 
         # ---- 5 Score: old and reference log-probs, frozen values -----------------------------------------------------
-        start = common.clock(device)
         gvm_prompts = prompts
         if num_trajectories:  # tau: what this very policy has just answered to other prompts
             pool = [(prompt, ids[mask].tolist()) for prompt, ids, mask in zip(prompts, response_ids, response_mask)]
@@ -494,20 +494,19 @@ def main(args: Args) -> None:
         # (B,) the GVM's judgement of each answer; one that was cut is judged where it stops, at no further price.
         scores = common.last_values(gvm_values, response_mask)
         kl = logprobs - ref_logprobs  # (B, R) k1, zero outside the mask
-        # Decoding is slow: all answers where they are scored, else those that may be shown.
-        needed = zip(response_ids[: B if exact_score else 3], response_mask)
-        texts = [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in needed]
-        asked = [examples[i].prompt for i in drawn]
-        gold = [*map(exact_score, asked, texts)] if exact_score else None  # (B,)
+        # Each rank decodes and scores its share; the first answers, which may be shown, are rank 0's.
+        asked = [examples[drawn[i]].prompt for i in mine]
+        texts = [tokenizer.decode(response_ids[i][response_mask[i]], skip_special_tokens=True) for i in mine]
+        if exact_score:
+            gold = common.all_gather(torch.tensor([*map(exact_score, asked, texts)], device=device))  # (B,)
         rewards = -carried.kl_coef * kl  # (B, R)
         if args.reward_source == "task":  # the exact score is paid on the last token, and nothing comes after it
-            rewards = rewards.scatter_add(1, lengths[:, None] - 1, kl.new_tensor(gold)[:, None])
+            rewards = rewards.scatter_add(1, lengths[:, None] - 1, gold[:, None])
             gvm_values = gvm_values.scatter(1, lengths[:, None], 0.0)
         advantages = dvpo_advantages(gvm_values, rewards, response_mask, args.advantage, args.gamma, args.gae_lambda)
-        time_score = common.clock(device) - start
+        score_end = time.perf_counter()
 
         # ---- 6 Update: PPO-clip on the policy, and nothing else ------------------------------------------------------
-        start = common.clock(device)
         steps = []
         shuffled = [torch.randperm(B, generator=generator) for _ in range(args.num_epochs)]
         for minibatch in [rows for epoch in shuffled for rows in epoch.chunk(args.num_minibatches)]:  # `break` ends all
@@ -531,10 +530,10 @@ def main(args: Args) -> None:
             optimizer.zero_grad()
             if args.max_approx_kl is not None and steps[-1][1] > args.max_approx_kl:  # [1]: approxkl
                 break
-        time_update = common.clock(device) - start
 
         # ---- 7 Log ---------------------------------------------------------------------------------------------------
         loss, approxkl, clipfrac, ratio, ratio_squared, entropy, grad_norm = torch.stack(steps).mean(0).tolist()
+        end = time.perf_counter()
         # Can the GVM still be trusted? It learned from answers that the reference, too, was trained on. Nothing in its
         # values betrays an answer unlike those, but the reference's surprise may, nats per token.
         surprise = -ref_logprobs.sum(1) / lengths  # (B,)
@@ -542,7 +541,6 @@ def main(args: Args) -> None:
             carried.usual_surprise = surprise.quantile(0.95).item()
         off_support = (surprise > carried.usual_surprise).float().mean().item()  # starts near 0.05
         sequence_kl = kl.sum(1).mean().item()
-        seconds = time_rollout + time_score + time_update
         metrics = {
             "objective/kl": sequence_kl,
             "objective/entropy": -logprobs.sum(1).mean().item(),
@@ -560,16 +558,16 @@ def main(args: Args) -> None:
             "val/eos_rate": ended.float().mean().item(),
             "optim/lr": scheduler.get_last_lr()[0],
             "optim/grad_norm": grad_norm,
-            "time/rollout": time_rollout,
-            "time/score": time_score,
-            "time/update": time_update,
-            "time/total": seconds,
-            "time/tokens_per_sec": lengths.sum().item() / seconds,
+            "time/rollout": rollout_end - start,
+            "time/score": score_end - rollout_end,
+            "time/update": end - score_end,
+            "time/total": end - start,
+            "time/tokens_per_sec": lengths.sum().item() / (end - start),
             "time/peak_mem_gb": torch.cuda.max_memory_allocated() / 1e9,
         }
         scheduler.step()
         if exact_score:
-            metrics["objective/gold"] = sum(gold) / B
+            metrics["objective/gold"] = gold.mean().item()
         run.log(update, metrics, ("objective/gold", "objective/scores", "objective/kl", "val/response_length",
                                   "val/eos_rate", "val/off_support"))  # fmt: skip
         if update % args.checkpoint_every == 0 or update == args.num_updates:

@@ -16,6 +16,7 @@ Shapes: B sequences, P prompt tokens (left-padded, context included), R response
 """
 
 import random
+import time
 import types
 from array import array
 from collections import Counter
@@ -266,7 +267,8 @@ def main(args: Args) -> None:
     if args.dry_run:
         answers = [answer.response_ids for answer in train_set]
         bytes_each = dtype.itemsize if args.lora_rank else 16
-        return common.dry_run(args, [answer.prompt_ids for answer in train_set], answers, bytes_each)
+        context = [0] * args.num_context_trajectories * args.context_trajectory_length
+        return common.dry_run(args, [[*context, *answer.prompt_ids] for answer in train_set], answers, bytes_each)
 
     # ---- 3 Model -----------------------------------------------------------------------------------------------------
     trained_dtype = dtype if args.lora_rank else torch.float32
@@ -279,14 +281,14 @@ def main(args: Args) -> None:
     num_warmup = int(args.warmup_fraction * num_updates)
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup, num_updates)
 
-    widest = (max(len(answer.prompt_ids) for answer in train_set)
+    widest = (max(len(answer.prompt_ids) for answer in [*train_set, *heldout_set])
               + args.num_context_trajectories * args.context_trajectory_length,
-              max(len(answer.response_ids) for answer in train_set))  # fmt: skip
+              max(len(answer.response_ids) for answer in [*train_set, *heldout_set]))  # fmt: skip
     common.check_positions(args.model_path, gvm, sum(widest))
     data = common.fingerprint(train_set, args.model_path)
     done, _ = run.start([(gvm, optimizer, scheduler)], num_updates, data)
     for update in range(done + 1, num_updates + 1):
-        start = common.clock(device)
+        start = time.perf_counter()
         # ---- 4 Update ------------------------------------------------------------------------------------------------
         groups = common.shuffled_batch(len(train_set) // group_size, update, args.batch_size // group_size, args.seed)
         rows = [group_size * i + side for i in groups for side in range(group_size)]
@@ -320,7 +322,7 @@ def main(args: Args) -> None:
         scheduler.step()
 
         # ---- 5 Log ---------------------------------------------------------------------------------------------------
-        seconds = common.clock(device) - start
+        seconds = time.perf_counter() - start
         metrics = {
             "gvm/loss": loss.item(),
             "optim/lr": lr,

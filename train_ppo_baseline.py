@@ -22,6 +22,7 @@ Shapes: B sequences, P prompt tokens (left-padded), R response tokens, T = P + R
 
 import contextlib
 import gc
+import time
 import types
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -455,13 +456,13 @@ def train_reward_model(args: Args, tokenizer, mesh, dtype, trained_dtype, device
     num_warmup = int(args.reward_warmup_fraction * num_updates)
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup, num_updates)
 
-    widest = max(len(prompt) for prompt, _ in train_set), max(len(response) for _, response in train_set)
+    widest = [max(map(len, side)) for side in zip(*train_set, *heldout_set)]  # prompts, answers
     common.check_positions(args.model_path, rm, sum(widest))
     data = common.fingerprint(train_set, args.model_path)
     done, _ = run.start([(rm, optimizer, scheduler)], num_updates, data)
     num_pairs = args.reward_batch_size // 2
     for update in range(done + 1, num_updates + 1):
-        start = common.clock(device)
+        start = time.perf_counter()
         pairs = common.shuffled_batch(len(train_set) // 2, update, num_pairs, args.seed)
         mine = pairs[rank * num_pairs // world_size : (rank + 1) * num_pairs // world_size]
         widths = widest if update <= 2 else (0, 0)
@@ -484,7 +485,7 @@ def train_reward_model(args: Args, tokenizer, mesh, dtype, trained_dtype, device
             "rm/loss": loss.item(),
             "optim/lr": scheduler.get_last_lr()[0],
             "optim/grad_norm": grad_norm.item(),
-            "time/total": common.clock(device) - start,
+            "time/total": time.perf_counter() - start,
             "time/peak_mem_gb": torch.cuda.max_memory_allocated() / 1e9,
         }
         scheduler.step()
@@ -572,7 +573,7 @@ def main(args: Args) -> None:
     mine = torch.arange(B).chunk(world_size)[rank]  # the rows this rank rolls out and scores
     for update in range(done + 1, args.num_updates + 1):
         # ---- 4 Rollout: each rank answers its share of the prompts, then all ranks hold all answers (a few MB) -------
-        start = common.clock(device)
+        start = time.perf_counter()  # each phase ends where its results are read, so a GPU has finished it
         # All randomness of an update comes from (seed, update), for the whole batch: the number of ranks is no matter.
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + update)
         drawn = common.shuffled_batch(len(all_prompts), update, B, args.seed)
@@ -593,10 +594,9 @@ def main(args: Args) -> None:
         response_ids, response_mask = response_ids[:, :longest], response_mask[:, :longest]  # (B, R)
         input_ids = torch.cat([prompt_ids, response_ids], 1)  # (B, P + R)
         attention_mask = torch.cat([prompt_mask, response_mask], 1)  # (B, P + R)
-        time_rollout = common.clock(device) - start
+        rollout_end = time.perf_counter()
 
         # ---- 5 Score: old and reference log-probs, the RM's scores, the critic's values ------------------------------
-        start = common.clock(device)
         R = response_mask.shape[1]
         logprobs, ref_logprobs = torch.zeros(B, R, device=device), torch.zeros(B, R, device=device)
         values, scores = torch.zeros(B, R + 1, device=device), torch.zeros(B, 1, device=device)
@@ -615,21 +615,20 @@ def main(args: Args) -> None:
         scored = common.all_gather(scored)  # again all ranks hold all rows
         common.check_finite(update, "log-probs, values or scores are", scored)
         logprobs, ref_logprobs, values, scores = scored.split([R, R, R + 1, 1], 1)
-        # Decoding is slow: all answers where they are scored, else those that may be shown.
-        needed = zip(response_ids[: B if exact_score else 3], response_mask)
-        texts = [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in needed]
-        asked = [examples[i].prompt for i in drawn]
-        gold = [*map(exact_score, asked, texts)] if exact_score else None  # (B,)
+        # Each rank decodes and scores its share; the first answers, which may be shown, are rank 0's.
+        asked = [examples[drawn[i]].prompt for i in mine]
+        texts = [tokenizer.decode(response_ids[i][response_mask[i]], skip_special_tokens=True) for i in mine]
+        if exact_score:
+            gold = common.all_gather(torch.tensor([*map(exact_score, asked, texts)], device=device))  # (B,)
         kl = logprobs - ref_logprobs  # (B, R) k1, zero outside the mask
-        scores = scores[:, 0] if by_rm else kl.new_tensor(gold)  # (B,)
+        scores = scores[:, 0] if by_rm else gold  # (B,)
         rewarded = scores - args.missing_eos_penalty * ~ended if by_rm else scores  # (B,)
         advantages, returns = ppo_advantages(
             values, rewarded, kl, response_mask, args.gamma, args.gae_lambda, carried.kl_coef
         )  # (B, R) both
-        time_score = common.clock(device) - start
+        score_end = time.perf_counter()
 
         # ---- 6 Update: PPO-clip on the policy, clipped value loss on the critic --------------------------------------
-        start = common.clock(device)
         steps = []
         shuffled = [torch.randperm(B, generator=generator) for _ in range(args.num_epochs)]
         for minibatch in [rows for epoch in shuffled for rows in epoch.chunk(args.num_minibatches)]:  # `break` ends all
@@ -662,12 +661,12 @@ def main(args: Args) -> None:
             critic_optimizer.zero_grad()
             if args.max_approx_kl is not None and steps[-1][1] > args.max_approx_kl:  # [1]: approxkl
                 break
-        time_update = common.clock(device) - start
 
         # ---- 7 Log ---------------------------------------------------------------------------------------------------
         loss, approxkl, clipfrac, ratio, ratio_squared, entropy, value_loss, drift, grad_norm, critic_grad_norm = (
             torch.stack(steps).mean(0).tolist()
         )
+        end = time.perf_counter()
         # Can the RM still be trusted? It learned from answers that the reference, too, was trained on. Nothing in its
         # scores betrays an answer unlike those, but the reference's surprise may, nats per token.
         surprise = -ref_logprobs.sum(1) / lengths  # (B,)
@@ -677,7 +676,6 @@ def main(args: Args) -> None:
         sequence_kl = kl.sum(1).mean().item()
         targets = returns[response_mask]  # (N,)
         unexplained = (targets - values[:, :-1][response_mask]).var(correction=0).item()
-        seconds = time_rollout + time_score + time_update
         metrics = {
             "objective/kl": sequence_kl,
             "objective/entropy": -logprobs.sum(1).mean().item(),
@@ -699,23 +697,23 @@ def main(args: Args) -> None:
             "val/eos_rate": ended.float().mean().item(),
             "optim/lr": scheduler.get_last_lr()[0],
             "optim/grad_norm": grad_norm,
-            "time/rollout": time_rollout,
-            "time/score": time_score,
-            "time/update": time_update,
-            "time/total": seconds,
-            "time/tokens_per_sec": lengths.sum().item() / seconds,
+            "time/rollout": rollout_end - start,
+            "time/score": score_end - rollout_end,
+            "time/update": end - score_end,
+            "time/total": end - start,
+            "time/tokens_per_sec": lengths.sum().item() / (end - start),
             "time/peak_mem_gb": torch.cuda.max_memory_allocated() / 1e9,
         }
         scheduler.step()
         critic_scheduler.step()
         if exact_score:
-            metrics["objective/gold"] = sum(gold) / B
+            metrics["objective/gold"] = gold.mean().item()
         run.log(update, metrics, ("objective/gold", "objective/scores", "objective/kl", "val/response_length",
                                   "val/eos_rate", "val/off_support"))  # fmt: skip
         if update % args.checkpoint_every == 0 or update == args.num_updates:
             for prompt, text, score in zip(asked[:3], texts, scores.tolist()):
                 said = " | ".join(message["content"] for message in prompt)
-                common.log(f"    RM {score:+.2f}  {said[-200:]!r} -> {text[:300]!r}")
+                common.log(f"    {'RM' if by_rm else 'gold'} {score:+.2f}  {said[-200:]!r} -> {text[:300]!r}")
             if metrics["val/eos_rate"] < 0.5:
                 common.log(f"    {1 - metrics['val/eos_rate']:.0%} of the answers were cut: raise --response-length?")
             if off_support > 0.5:

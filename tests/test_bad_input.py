@@ -81,7 +81,6 @@ DATASETS = [
     ("identical answers", [{**PAIR, "rejected": PAIR["chosen"]}], "1 x chosen and rejected are identical"),
     ("nulls", [{"prompt": None, "chosen": None, "rejected": None}], "no row can be used"),
     ("a null answer", [{**PAIR, "rejected": None}], "1 x malformed row, or a null .KeyError: 'rejected'"),
-    ("numbers for answers", [{**PAIR, "chosen": 1, "rejected": 2}], "no row can be used"),
     ("lists of numbers", [{**PAIR, "chosen": [1], "rejected": [2]}], "1 x malformed row"),
     ("strings without prompt", [{"chosen": "b", "rejected": "c"}], "neither a column 'prompt' nor a conversation"),
     ("messages without role", [{**PAIR, "prompt": [{"content": "a"}]}], "1 x a message without a role"),
@@ -123,6 +122,12 @@ FILES = [
     ("no gzip", "data.jsonl.gz", "plain text", "neither readable here"),
     ("half a gzip", "data.jsonl.gz", gzip.compress(json.dumps(PAIR).encode() * 99)[:-9], "neither readable here"),
     ("no parquet", "data.parquet", "plain text", "neither readable here"),
+    (
+        "a comma in a text of a CSV",
+        "data.csv",
+        "prompt,response\nTell me, please,ok\n",
+        "more fields in a row than col",
+    ),
     ("a spreadsheet", "data.xlsx", SPREADSHEET.getvalue(), "neither readable here"),
     ("a task without columns", "task.py", "def rows(split):\n    return [{'text': 'a'}]\n", "fit none of"),
     ("a task without rows", "task.py", "def rows(split):\n    return []\n", "no rows"),
@@ -220,6 +225,20 @@ def test_a_reward_that_the_dataset_cannot_pay(make, fails, tiny_model, tiny_gvm)
     message = "--reward-source task: .* defines no score"
     fails(train_dvpo, message, model_path=tiny_model, gvm_path=tiny_gvm, dataset=data, reward_source="task")
     fails(train_ppo_baseline, message, model_path=tiny_model, dataset=data, reward_source="task")
+
+
+@pytest.mark.parametrize("score", ["float('nan')", "None", "'good'", "[1.0]"])
+@pytest.mark.parametrize("module", [train_dvpo, train_ppo_baseline, evaluate])
+def test_scores_that_are_no_numbers(module, score, make, tiny_model, tiny_gvm, tmp_path):
+    code = f"""rows = lambda split: [{{"prompt": "list two animals"}}]\nscore = lambda prompt, answer: {score}\n"""
+    model = {"model_path": tiny_model, "rollout_batch_size": 8, "output_dir": str(tmp_path / "out")}
+    flags = {
+        train_dvpo: {**model, "gvm_path": tiny_gvm},
+        train_ppo_baseline: {**model, "critic_path": tiny_gvm, "reward_source": "task"},
+        evaluate: {"policies": (f"a={tiny_model}",), "reference_path": tiny_model, "gvm_path": None},
+    }[module]
+    with pytest.raises(common.UserError, match=r"task.py: score\(\) gave no finite number for '"):
+        module.main(module.Args(dataset=make(code, "task.py"), **flags))
 
 
 def test_policy_and_reward_model_in_one_folder(fails, tiny_model, tmp_path):
@@ -384,6 +403,23 @@ def test_damaged_models(damage, message, fails, tiny_model, tmp_path):
     spoil(folder, damage)
     fails(sft, f"model: ({message})", model_path=str(folder))
     assert not (folder / "executed").exists()
+
+
+def test_a_model_that_sees_has_no_dropout_and_no_dynamic_positions_either(tmp_path):
+    """What it reads with has a config of its own inside."""
+    config = transformers.Gemma3Config(text_config={"attention_dropout": 0.3})
+    config.save_pretrained(tmp_path)
+    assert common.load_config(str(tmp_path)).get_text_config().attention_dropout == 0.0
+    config.text_config.rope_parameters["full_attention"] = {"rope_type": "dynamic", **ROPE}
+    config.save_pretrained(tmp_path)
+    with pytest.raises(common.UserError, match="positions of the type dynamic are not supported"):
+        common.load_config(str(tmp_path))
+
+
+def test_a_dry_run_of_no_language_model(fails, tiny_model, tmp_path):
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    transformers.T5Config().save_pretrained(folder)
+    fails(sft, "model: no language model", model_path=str(folder), dry_run=True, learning_rate=1.0, response_length=9)
 
 
 def test_a_tokenizer_without_an_end(fails, tiny_model, tmp_path):
@@ -668,6 +704,17 @@ def test_learned_positions_run_out(module, make, fails, tiny_gpt2):
         data, model = f"{data}:all", {"policies": (f"a={tiny_gpt2}",), "reference_path": tiny_gpt2, "gvm_path": None}
     fails(module, "take up to (8|9)[0-9] tokens, and it was made for 64: lower", dataset=data, response_length=90,
           **model)  # fmt: skip
+
+
+@pytest.mark.parametrize("module", [sft, train_gvm, train_ppo_baseline])
+def test_learned_positions_run_out_on_a_held_out_prompt(module, make, fails, tiny_gpt2):
+    rows = [{"prompt": f"list {n} {kind}", "chosen": "dog.", "rejected": "cat."}
+            for n in ("two", "three", "four", "five") for kind in ("animals", "metals", "tools", "trees")]  # fmt: skip
+    long = "list three fruits" + " dog" * 58
+    assert random.Random(long).random() < 0.05  # held out
+    rows += [{**rows[0], "prompt": long}]
+    fails(module, "take up to [6-9][0-9] tokens, and it was made for 64: lower", dataset=make(rows),
+          model_path=tiny_gpt2, max_prompt_length=128)  # fmt: skip
 
 
 def test_rotary_positions_run_out_and_it_is_said(fails, tiny_model, tmp_path, capsys):

@@ -148,6 +148,15 @@ def test_answers_that_are_labelled_bad_are_not_learned(tmp_path):
     assert {e.score_chosen for e in sum(common.load_examples(path, "scores"), [])} == {0.0, 1.0}
 
 
+def test_numbers_and_words_for_nothing_are_texts(tmp_path):
+    """Sums have answers such as 4; a CSV may hold the word None, which pandas would read as no text."""
+    write(tmp_path / "data.jsonl", [{"prompt": "2+2", "response": 4}])
+    (tmp_path / "data.csv").write_text("prompt,response\nIs it there?,None\n")
+    for name, answer in (("data.jsonl", "4"), ("data.csv", "None")):
+        (example,) = sum(common.load_examples(str(tmp_path / name), "answers"), [])
+        assert example.chosen == answer
+
+
 def test_a_dataset_of_several_configurations(tmp_path):
     for name in ("a", "b"):
         write((tmp_path / name).with_suffix(".jsonl"), [{"prompt": name, "response": "x"}])

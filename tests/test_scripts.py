@@ -765,6 +765,27 @@ def test_a_task_of_ones_own_goes_through_all_stages(digits_model, tmp_path):
     assert "objective/gold" in read_metrics(at("dvpo"))[0] and "objective/gold" in read_metrics(at("ppo"))[0]
 
 
+def test_each_answer_is_scored_once(tiny_model, tiny_gvm, tmp_path):
+    """Scoring may be slow: of two ranks each scores its share. All of a task's prompts are still scored by it."""
+    task, calls = tmp_path / "task.py", tmp_path / "calls"
+    task.write_text(f"""
+def rows(split):
+    return [{{"prompt": "list two " + kind}} for kind in ("animals", "metals", "tools", "trees")]
+
+def score(prompt, answer):
+    with open({str(calls)!r}, "a") as file:
+        file.write(".")
+    return 0.5
+""")
+    result = run_script("train_dvpo.py", "--model-path", tiny_model, "--gvm-path", tiny_gvm, "--dataset", task,
+                        "--num-updates", 1, "--rollout-batch-size", 8, "--output-dir", tmp_path / "dvpo",
+                        ranks=2)  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len(calls.read_text()) == 8 and read_metrics(tmp_path / "dvpo")[0]["objective/gold"] == 0.5
+    evaluate.main(evaluate.Args((f"a={tiny_model}",), tiny_model, None, f"{task}:all", str(tmp_path / "eval")))
+    assert json.loads((tmp_path / "eval" / "results.json").read_text())["policies"]["a"]["gold"]["mean"] == 0.5
+
+
 # ---- Files for the judges of AlpacaEval 2, Arena-Hard-Auto and MT-Bench ----------------------------------------------
 QUESTIONS = {
     "alpaca_eval": [{"instruction": f"Name {n} metals.", "output": "tin", "dataset": "helpful_base"} for n in range(5)],
