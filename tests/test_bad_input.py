@@ -208,7 +208,7 @@ def test_context_without_policy_columns(make, fails, tiny_model):
     [
         ([{"prompt": ""}], "1 x empty prompt"),
         ([{"prompt": [USER, ASSISTANT]}], "1 x the prompt ends with the assistant"),
-        ([{"prompt": 7}], "1 x no prompt"),
+        ([{"prompt": True}], "1 x no prompt"),
         ([{"text": "a"}], "columns .*text.* fit none of"),
     ],
 )

@@ -288,7 +288,7 @@ def test_drops_are_counted_with_reasons(tmp_path, capsys):
         {"prompt": "a", "chosen": [said("x")], "rejected": [{"role": "assistant"}]},
         {"prompt": None, "chosen": [USER, said("x")], "rejected": [{**USER, "content": "other"}, said("y")]},
         {"prompt": "a", "chosen": [USER], "rejected": [USER]},
-        {"prompt": "a", "chosen": 7, "rejected": 8},
+        {"prompt": "a", "chosen": True, "rejected": False},
     ]
     train, heldout = common.load_examples(write(tmp_path / "data.jsonl", rows), "pairs")
     printed = capsys.readouterr().out

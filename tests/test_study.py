@@ -1,5 +1,6 @@
 """The statistics behind the study's tables, against closed forms; and the tables against the rows they are made of."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ BENCHMARKS = Path(__file__).parent / "benchmarks"
 RESULTS = BENCHMARKS / "results"
 sys.path.append(str(BENCHMARKS))
 
+import long  # noqa: E402
 import picture  # noqa: E402
 import study  # noqa: E402
 import study_report  # noqa: E402
@@ -67,12 +69,13 @@ def test_the_report_is_that_of_the_rows(tmp_path):
     ("README.md", "## Results", "## ", 3),
     ("tests/benchmarks/README.md", "## Does it hold?", "## Real pairs", 20),
 ])  # fmt: skip
-def test_the_documents_say_what_the_reports_say(document, start, end, at_least):
-    """Every interval and every difference with a margin that they give of the study stands in its report."""
+def test_the_documents_say_what_the_reports_say(document, start, end, at_least, capsys):
+    """Every interval and every difference with a margin that they give stands in the reports of the rows."""
     text = (BENCHMARKS.parents[1] / document).read_text().replace("−", "-")
     study_part = text.split(f"\n{start}\n")[1].split(f"\n{end}")[0]
     figures = re.findall(r"-?\d\.\d{3} \[[^\]]+\]|\d\.\d{3} ± \d\.\d{3}", study_part)
-    report = (RESULTS / "report.md").read_text()
+    long.tables([json.loads(line) for line in (RESULTS / "long.jsonl").read_text().splitlines()])
+    report = (RESULTS / "report.md").read_text() + capsys.readouterr().out
     assert len(figures) >= at_least and [figure for figure in figures if figure not in report] == []
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from study_report import paired
 
 ROOT = Path(__file__).parents[2]
 RUNS = {  # group -> name -> flags that differ from what `flags` gives; a path is another run's name
@@ -119,7 +120,7 @@ def summary(folder: Path) -> dict:
 
 
 def tables(rows: list[dict]) -> None:
-    """Mean and standard deviation over the seeds, a line per run, for each length of answers."""
+    """Mean and standard deviation over the seeds, a line per run, for each length of answers; then DVPO minus PPO."""
     for lists in sorted({row["lists"] for row in rows}):
         names = dict.fromkeys(row["name"] for row in rows if row["lists"] == lists)
         columns = dict.fromkeys(key for row in rows if row["lists"] == lists for key in row["summary"])
@@ -132,6 +133,13 @@ def tables(rows: list[dict]) -> None:
                 spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
                 cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "-")
             print(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
+        gold = {name: {row["seed"]: row["summary"].get("objective/gold") for row in rows
+                       if (row["lists"], row["name"]) == (lists, name)} for name in names}  # fmt: skip
+        for name, other in ((name, name.replace("dvpo", "ppo")) for name in names if name.startswith("dvpo")):
+            seeds = sorted(gold[name].keys() & gold.get(other, {}).keys())
+            if len(seeds) > 1:
+                difference = paired([gold[name][seed] for seed in seeds], [gold[other][seed] for seed in seeds])
+                print(f"{name} minus {other}: {difference}")
 
 
 def main(args: Args) -> None:
