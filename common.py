@@ -324,7 +324,7 @@ def read_rows(dataset: str, splits: tuple[str, ...]):
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said below, once
-    with user_errors(Exception, f"--dataset {path}: neither readable here nor on the hub, as NAME:CONFIG:SPLIT"):
+    with user_errors(Exception, f"--dataset {path}: neither readable here nor on the hub as NAME[[:CONFIG]:SPLIT]"):
         if file.is_file():  # read for what it holds, whatever its name
             with open(file, "rb") as stream:
                 head = stream.read(100_000)
@@ -566,8 +566,8 @@ def load_pretrained(auto_class, path: str, **kwargs):
     whole = local.is_dir() and ((local / "README.md").exists() or not (local / ".dvpo-run").exists())
     missing = path.startswith((".", "/", "~", "runs/")) and not whole
     check(not missing, f"{path}: no such folder, or an unfinished run: run the stage that makes it, or --resume it")
-    hint = ", lacking a tokenizer.json and sentencepiece perhaps" * (auto_class is transformers.AutoTokenizer)
-    with user_errors(Exception, f"{path}: cannot load {auto_class.__name__}{hint}"):
+    lone = auto_class is transformers.AutoTokenizer and [*local.glob("tokenizer.*")] == [local / "tokenizer.model"]
+    with user_errors(Exception, f"{path}: cannot load {auto_class.__name__}{', which needs sentencepiece' * lone}"):
         return auto_class.from_pretrained(str(local) if local.is_dir() else path, trust_remote_code=False, **kwargs)
 
 
@@ -588,7 +588,7 @@ def load_config(path: str):
     text = config.get_text_config()  # itself, but for models that see, too
     scaled = set(re.findall("'rope_type': '(.*?)'", str(getattr(text, "rope_parameters", None))))
     scaled -= {"default", "linear", "llama3", "proportional", "yarn"}  # others depend on a batch's longest answer
-    check(not scaled, f"{path}: positions of the type {', '.join(scaled)} are not supported")
+    check(not scaled, f"{path}: positions of the type {', '.join(sorted(scaled))} are not supported")
     for name, value in vars(text).items():
         if name.endswith(("dropout", "pdrop", "dropout_prob", "dropout_rate")) and isinstance(value, float):
             setattr(text, name, 0.0)
@@ -600,7 +600,7 @@ def load_weights(auto_class, path: str, config, dtype: torch.dtype):
     model, info = load_pretrained(auto_class, path, config=config, dtype=dtype, use_safetensors=True,
                                   ignore_mismatched_sizes=True, output_loading_info=True)  # fmt: skip
     sizes = [f"{name} is {[*there]}, not {[*wanted]}" for name, there, wanted in sorted(info["mismatched_keys"])]
-    check(not sizes, f"{path}: its weights do not fit its config, or a head of one output: {'; '.join(sizes[:3])}")
+    check(not sizes, f"{path}: weights of another size than needed: {'; '.join(sizes[:3])}")
     unread = {name for name in info["unexpected_keys"] if not name.startswith("lm_head.")}  # a value model has none
     if unread:
         log(f"warning: {path}: {len(unread)} of its weights are not read, such as {min(unread)}")
@@ -691,9 +691,9 @@ def check_same_tokenizer(path: str, tokenizer, other_path: str) -> None:
     check(same, f"{other_path} and {path} have different tokenizers or chat templates: train both from the same model")
 
 
-def dry_run(args, prompts, answers, bytes_each: int) -> None:
+def dry_run(args, prompts, answers, bytes_each: int, context: int = 0) -> None:
     """What `--dry-run` adds to what is told of the data anyway: token counts, and an estimate of the memory of models
-    as large as that at `--model-path`, which take `bytes_each` per parameter together."""
+    as large as that at `--model-path`, which take `bytes_each` per parameter together, on prompts behind `context`."""
     for name, rows in (("prompts", prompts), ("answers", answers)):
         for bits, count in sorted(Counter(len(row).bit_length() for row in rows).items()):
             log(f"  {count:>8} {name} of {2**bits // 2} to {2**bits - 1} tokens {'#' * (50 * count // len(rows))}")
@@ -701,7 +701,7 @@ def dry_run(args, prompts, answers, bytes_each: int) -> None:
     with torch.device("meta"), user_errors(ValueError, f"{args.model_path}: no language model"):  # without weights
         size = transformers.AutoModelForCausalLM.from_config(config).num_parameters()
     state, text = bytes_each * size * args.dp_replicate / dist.get_world_size() / 1e9, config.get_text_config()
-    tokens = args.micro_batch_size * (max(map(len, prompts)) + args.response_length)
+    tokens = args.micro_batch_size * (context + max(map(len, prompts)) + args.response_length)
     layer = (2 if args.gradient_checkpointing else 34) * tokens * text.hidden_size / 1e9  # arXiv:2205.05198, in 16 bits
     log(f"memory per process, roughly: {state:.3f} GB of weights, gradients and optimizer states, and of activations "
         f"{layer * text.num_hidden_layers:.3f} GB")  # fmt: skip

@@ -267,8 +267,8 @@ def main(args: Args) -> None:
     if args.dry_run:
         answers = [answer.response_ids for answer in train_set]
         bytes_each = dtype.itemsize if args.lora_rank else 16
-        context = [0] * args.num_context_trajectories * args.context_trajectory_length
-        return common.dry_run(args, [[*context, *answer.prompt_ids] for answer in train_set], answers, bytes_each)
+        context = args.num_context_trajectories * args.context_trajectory_length
+        return common.dry_run(args, [answer.prompt_ids for answer in train_set], answers, bytes_each, context)
 
     # ---- 3 Model -----------------------------------------------------------------------------------------------------
     trained_dtype = dtype if args.lora_rank else torch.float32
@@ -281,9 +281,9 @@ def main(args: Args) -> None:
     num_warmup = int(args.warmup_fraction * num_updates)
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup, num_updates)
 
-    widest = (max(len(answer.prompt_ids) for answer in [*train_set, *heldout_set])
+    widest = (max(len(answer.prompt_ids) for answer in train_set + heldout_set)
               + args.num_context_trajectories * args.context_trajectory_length,
-              max(len(answer.response_ids) for answer in [*train_set, *heldout_set]))  # fmt: skip
+              max(len(answer.response_ids) for answer in train_set + heldout_set))  # fmt: skip
     common.check_positions(args.model_path, gvm, sum(widest))
     data = common.fingerprint(train_set, args.model_path)
     done, _ = run.start([(gvm, optimizer, scheduler)], num_updates, data)

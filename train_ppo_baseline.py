@@ -425,7 +425,7 @@ def tokenize_pairs(tokenizer, examples, args: Args, heldout: bool = False) -> li
 
 
 @torch.no_grad()
-def pair_accuracy(rm, answers: list[common.Trajectory], pad_id: int, device, args: Args) -> float:
+def heldout_accuracy(rm, answers: list[common.Trajectory], pad_id: int, device, args: Args) -> float:
     """Share of held-out pairs that the RM ranks rightly; ties count half. Ranks share the work."""
     mine = [answers[i] for i in common.rows_of_rank(len(answers))]
     scores = []
@@ -490,7 +490,7 @@ def train_reward_model(args: Args, tokenizer, mesh, dtype, trained_dtype, device
         }
         scheduler.step()
         if heldout_set and update in (num_updates // 4, num_updates // 2, num_updates):
-            metrics["rm/pair_accuracy"] = pair_accuracy(rm, heldout_set, tokenizer.pad_token_id, device, args)
+            metrics["rm/pair_accuracy"] = heldout_accuracy(rm, heldout_set, tokenizer.pad_token_id, device, args)
         run.log(update, metrics, ("rm/loss", "rm/pair_accuracy", "optim/lr"))
         run.checkpoint(update)
     run.save(rm, dtype, tokenizer, "Reward model (Bradley-Terry)")

@@ -43,8 +43,7 @@ RUNS = {  # group -> name -> flags that differ from what `flags` gives; a path i
     },
     "lora": {
         f"dvpo lora={rank} rate={rate:g}": {"lora-rank": rank, "learning-rate": rate}
-        for rank in (8, 32)
-        for rate in (1e-3, 3e-3, 6e-3)
+        for rank, rate in ((8, 1e-3), (8, 3e-3), (8, 6e-3), (32, 1e-3), (32, 3e-3), (32, 6e-3), (128, 1e-3))
     },
     "task": {
         "gvm zero": {"learning-rate": 0.0, "num-examples": 64},  # it says 0 everywhere

@@ -38,7 +38,6 @@ import types
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
-from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # a core per run; read when torch is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -470,7 +469,8 @@ def run_cell(cell: Cell, folder: str) -> dict:
         recorded = script in ("train_dvpo", "train_ppo_baseline")
         with contextlib.ExitStack() as stack:
             if centered:
-                stack.enter_context(mock.patch.object(module, "ppo_advantages", center(module.ppo_advantages)))
+                stack.callback(setattr, module, "ppo_advantages", module.ppo_advantages)
+                module.ppo_advantages = center(module.ppo_advantages)
             recorder = stack.enter_context(Recorder(module)) if recorded else None
             remove_run(flags["output_dir"])  # what a stopped study has left
             module.main(module.Args(**flags))
