@@ -139,28 +139,19 @@ class Marks:
         return [(b - a, c - b, end - c, end - a) for a, b, c, end in times]
 
 
-def trl_settings(folder: str) -> dict:
-    return {"output_dir": folder, "learning_rate": 0.0, "bf16": False, "use_cpu": True, "gradient_checkpointing": False,
-            "temperature": 1.0, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
-            "logging_steps": 10**9}  # fmt: skip
-
-
-def prompts_of(tokenizer) -> list[list[dict]]:
-    import common
-
-    examples = common.load_examples("tests/tasks/lists.py", "prompts")[0]
-    return list({str(example.prompt): example.prompt for example in examples}.values())
-
-
 def trl_ppo(args: Args) -> list[tuple]:
     import datasets
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from trl.experimental import ppo
     from trl.experimental.ppo import ppo_trainer
 
+    import common
+
     tokenizer = AutoTokenizer.from_pretrained(args.model_path, padding_side="left")
     chat = {"tokenize": True, "add_generation_prompt": True, "return_dict": False}
-    rows = [{"input_ids": tokenizer.apply_chat_template(prompt, **chat)} for prompt in prompts_of(tokenizer)]
+    examples = common.load_examples("tests/tasks/lists.py", "prompts")[0]
+    prompts = {str(example.prompt): example.prompt for example in examples}.values()
+    rows = [{"input_ids": tokenizer.apply_chat_template(prompt, **chat)} for prompt in prompts]
     policy = lambda: AutoModelForCausalLM.from_pretrained(args.model_path)
     judge = lambda: AutoModelForSequenceClassification.from_pretrained(args.gvm_path)
     marks = Marks()
@@ -168,9 +159,10 @@ def trl_ppo(args: Args) -> list[tuple]:
     marks.watch(ppo_trainer, "masked_whiten")  # the last step before the update
     with tempfile.TemporaryDirectory() as folder:
         config = ppo.PPOConfig(
-            **trl_settings(folder), num_ppo_epochs=2, num_mini_batches=2, per_device_train_batch_size=64,
-            gradient_accumulation_steps=1, total_episodes=64 * UPDATES, response_length=20, stop_token="eos",
-            num_sample_generations=0,
+            output_dir=folder, learning_rate=0.0, bf16=False, use_cpu=True, gradient_checkpointing=False,
+            temperature=1.0, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=10**9,
+            num_ppo_epochs=2, num_mini_batches=2, per_device_train_batch_size=64, gradient_accumulation_steps=1,
+            total_episodes=64 * UPDATES, response_length=20, stop_token="eos", num_sample_generations=0,
         )  # fmt: skip
         data = datasets.Dataset.from_list(rows)
         ppo.PPOTrainer(config, tokenizer, policy(), policy(), judge(), data, judge(), eval_dataset=data).train()
@@ -178,25 +170,14 @@ def trl_ppo(args: Args) -> list[tuple]:
 
 
 def trl_grpo(args: Args) -> list[tuple]:
-    import datasets
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-    from trl import GRPOConfig, GRPOTrainer
+    import grpo
+    from trl import GRPOTrainer
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model_path, padding_side="left")
-    judge = AutoModelForSequenceClassification.from_pretrained(args.gvm_path)
     marks = Marks()
     marks.watch(GRPOTrainer, "_generate")
     marks.watch(GRPOTrainer, "_generate_and_score_completions")
     with tempfile.TemporaryDirectory() as folder:
-        config = GRPOConfig(
-            **trl_settings(folder), beta=0.04, max_steps=4 * UPDATES, per_device_train_batch_size=32,
-            steps_per_generation=2, num_iterations=2, num_generations=8, max_completion_length=20, top_k=0,
-        )  # fmt: skip
-        policy = AutoModelForCausalLM.from_pretrained(args.model_path)
-        data = datasets.Dataset.from_list([{"prompt": prompt} for prompt in prompts_of(tokenizer)])
-        GRPOTrainer(
-            policy, judge, config, data, processing_class=tokenizer, reward_processing_classes=tokenizer
-        ).train()
+        grpo.main(grpo.Args(args.model_path, args.gvm_path, output_dir=folder, num_updates=UPDATES, learning_rate=0.0))
     return marks.rows("_generate called", "_generate left", "_generate_and_score_completions left")
 
 
@@ -220,7 +201,8 @@ def main(args: Args) -> None:
         print(json.dumps([statistics.median(column) for column in zip(*rows)]))
         return
     results = {version: [] for version in VERSIONS}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}:{root / 'tests/peers'}"}
     for _ in range(args.rounds):
         for version, medians in results.items():
             python = args.ppo_python if version == "TRL ppo" else sys.executable
